@@ -1,0 +1,8 @@
+"""DistMuon: the Muon optimizer for whole models, on one device or many."""
+
+from distmuon._version import __version__
+from distmuon.muon import Muon
+from distmuon.numerics.orthogonalize import orthogonalize
+from distmuon.report import RoutingReport, RoutingRow
+
+__all__ = ["Muon", "RoutingReport", "RoutingRow", "__version__", "orthogonalize"]

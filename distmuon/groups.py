@@ -1,0 +1,241 @@
+"""From what the user hands over (a module, names, groups) to checked parameter groups."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from distmuon.comm.layout import check_parameter
+from distmuon.numerics.coefficients import resolve_stages
+from distmuon.numerics.update import resolve_lr_scale
+from distmuon.plan.matrices import matrix_spec
+from distmuon.routing import Route, clean_name, route_module, route_named
+
+Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
+Group: TypeAlias = dict[str, Any]
+Router: TypeAlias = Callable[..., dict[str, Route]]
+
+GROUP_KEYS = (
+    "params",
+    "use_muon",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "ns_steps",
+    "eps",
+    "adjust_lr_fn",
+    "flatten",
+    "betas",
+    "name",
+)
+# Written by torch itself: names of the parameters, and the base rate that schedulers restart from
+_TORCH_KEYS = ("param_names", "initial_lr")
+
+
+def as_groups(
+    params: Params, *, muon_names: Sequence[str], adamw_names: Sequence[str]
+) -> tuple[list[Group], dict[str, Route]]:
+    """Turn the ``params`` argument into groups that all say ``use_muon``.
+
+    Args:
+        params: A module, ``(name, parameter)`` pairs, or groups. Modules and pairs are routed; groups
+            decide by ``use_muon`` (or dion's ``algorithm``), unless they hold pairs.
+        muon_names: See :func:`distmuon.routing.route_module`.
+        adamw_names: See :func:`distmuon.routing.route_module`.
+
+    Returns:
+        The groups, and the routes of the parameters that were routed.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for bare parameters, which say neither what they are nor what they are called.
+    """
+    if isinstance(params, nn.Module):
+        routes = route_module(params, muon_names=muon_names, adamw_names=adamw_names)
+        return split_by_route(list(params.named_parameters()), routes, {}), routes
+    if isinstance(params, Tensor):
+        raise TypeError("params is a single tensor: pass a module, named parameters, or groups.")
+    items: list[Any] = list(params)
+    if not items:
+        raise ValueError("params is empty: pass a module, named parameters, or groups.")
+    if all(isinstance(item, tuple) for item in items):
+        routes = route_named(items, muon_names=muon_names, adamw_names=adamw_names)
+        return split_by_route(items, routes, {}), routes
+    if muon_names or adamw_names:
+        raise ValueError("muon_names and adamw_names choose among names: pass a module or named parameters.")
+    if all(isinstance(item, Tensor) for item in items):
+        items = [{"params": items}]
+    if not all(isinstance(item, Mapping) for item in items):
+        kinds = sorted({type(item).__name__ for item in items})
+        raise TypeError(f"params mixes {', '.join(kinds)}: pass a module, named parameters, or groups.")
+    groups: list[Group] = []
+    found: dict[str, Route] = {}
+    for index, item in enumerate(items):
+        expanded, routes = expand_group(dict(item), f"group {index}")
+        groups.extend(expanded)
+        found.update(routes)
+    return groups, found
+
+
+def expand_group(group: Group, label: str) -> tuple[list[Group], dict[str, Route]]:
+    """Check the keys of one group and settle who updates it.
+
+    A group of named parameters that does not say ``use_muon`` is routed by name and may come back as
+    several groups.
+
+    Args:
+        group: As the user wrote it.
+        label: What to call it in messages.
+
+    Returns:
+        Groups that say ``use_muon``, and the routes of parameters that were routed.
+
+    Raises:
+        ValueError: for an unknown key, a contradiction, or a group of bare parameters without
+            ``use_muon``.
+    """
+    label = f"{label} ({group['name']})" if group.get("name") else label
+    algorithm = group.pop("algorithm", None)
+    for key in group:
+        if key not in GROUP_KEYS + _TORCH_KEYS:
+            near = difflib.get_close_matches(key, (*GROUP_KEYS, "algorithm"), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(GROUP_KEYS)}."
+            raise ValueError(f"{label} has the unknown key {key!r}: {hint}")
+    if "params" not in group:
+        raise ValueError(f"{label} has no 'params'.")
+    params = group["params"]
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    if not group["params"]:
+        raise ValueError(f"{label} has no parameters: leave the group out.")
+    if algorithm is not None:
+        if algorithm not in ("muon", "adamw"):
+            raise ValueError(f"{label} has algorithm={algorithm!r}: it is 'muon' or 'adamw'.")
+        if group.setdefault("use_muon", algorithm == "muon") != (algorithm == "muon"):
+            raise ValueError(f"{label} says use_muon={group['use_muon']} and algorithm={algorithm!r}: keep one.")
+    if "use_muon" in group:
+        if not isinstance(group["use_muon"], bool):
+            raise ValueError(f"{label} has use_muon={group['use_muon']!r}: it is True or False.")
+        if group["use_muon"]:
+            _warn_of_embeddings(group, label)
+        return [group], {}
+    if all(isinstance(param, tuple) for param in group["params"]):
+        routes = route_named(group["params"])
+        return split_by_route(group["params"], routes, group), routes
+    raise ValueError(
+        f"{label} holds bare parameters and does not say use_muon: set use_muon=True for hidden matrices and "
+        "False for embeddings, heads, norms and biases, or pass the module and let the rules decide."
+    )
+
+
+def split_by_route(named: Sequence[tuple[str, Tensor]], routes: Mapping[str, Route], template: Group) -> list[Group]:
+    """One group each for matrices, convolutions and what AdamW takes, in that order; empty ones left out."""
+    groups = []
+    for label, use_muon, flatten in (("muon", True, False), ("muon_conv", True, True), ("adamw", False, False)):
+        members = []
+        for raw_name, param in named:
+            name = clean_name(raw_name)
+            route = routes[name]
+            if route.use_muon == use_muon and (not use_muon or route.flatten == flatten):
+                members.append((name, param))
+        if members:
+            group = {**template, "params": members, "use_muon": use_muon, "flatten": flatten}
+            groups.append({**group, "name": template.get("name") or label})
+    return groups
+
+
+def check_group(group: Group, label: str) -> None:
+    """Check the values of a complete group and the parameters in it.
+
+    Args:
+        group: With every key filled in.
+        label: What to call it in messages.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for a parameter that cannot be optimized.
+    """
+    label = f"{label} ({group['name']})" if group.get("name") else label
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{label} has a tensor lr of {lr.numel()} elements: it takes one.")
+    for key, value in (("lr", lr), ("weight_decay", group["weight_decay"]), ("eps", group["eps"])):
+        _check_range(label, key, value, upper=math.inf)
+    _check_range(label, "momentum", group["momentum"], upper=1.0)
+    if len(group["betas"]) != 2:
+        raise ValueError(f"{label} has betas={group['betas']}: it takes two numbers.")
+    for beta in group["betas"]:
+        _check_range(label, "betas", beta, upper=1.0)
+    try:
+        resolve_lr_scale(group["adjust_lr_fn"])
+        resolve_stages(group["ns_coefficients"], group["ns_steps"])
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    names = group_names(group, label)
+    for name, param in zip(names, bare_params(group), strict=True):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{label} holds a {type(param).__name__} where parameters are wanted.")
+        check_parameter(name, param)
+        if group["use_muon"]:
+            matrix_spec(name, param.shape, flatten=group["flatten"])
+
+
+def group_names(group: Group, label: str) -> list[str]:
+    """Names of a group's parameters, made up from ``label`` where none were given."""
+    if group["params"] and isinstance(group["params"][0], tuple):
+        return [clean_name(name) for name, _ in group["params"]]
+    names = group.get("param_names")
+    if names:
+        return [clean_name(name) for name in names]
+    return [f"{label}, parameter {index}" for index in range(len(group["params"]))]
+
+
+def bare_params(group: Group) -> list[Tensor]:
+    """The parameters of a group without their names."""
+    return [param[1] if isinstance(param, tuple) else param for param in group["params"]]
+
+
+def check_disjoint(groups: Sequence[Group]) -> None:
+    """Refuse a parameter that stands in two groups, or twice in one.
+
+    Raises:
+        ValueError: naming the parameter and both groups.
+    """
+    seen: dict[int, str] = {}
+    for index, group in enumerate(groups):
+        label = f"group {index}"
+        for name, param in zip(group_names(group, label), bare_params(group), strict=True):
+            if id(param) in seen:
+                raise ValueError(
+                    f"parameter {name!r} is in {seen[id(param)]} and again in {label}: keep it in one of them "
+                    "(a tied weight counts once)."
+                )
+            seen[id(param)] = label
+
+
+def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:
+    """Refuse what is outside [0, upper); tensors on an accelerator are trusted, reading them would wait."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
+    if not 0.0 <= float(value) < upper:
+        wanted = "0 or more" if upper == math.inf else f"at least 0 and less than {upper:g}"
+        raise ValueError(f"{label} has {key}={value}: it must be {wanted}.")
+
+
+def _warn_of_embeddings(group: Group, label: str) -> None:
+    if not isinstance(group["params"][0], tuple):
+        return
+    matrices = [(name, param) for name, param in group["params"] if param.ndim in (2, 3)]
+    for name, route in route_named(matrices).items():
+        if not route.use_muon and route.reason.startswith("named like"):
+            warnings.warn(
+                f"{label} puts {name!r} on Muon, though it is {route.reason}: Muon is for hidden matrices, and "
+                "embeddings and heads usually train better with AdamW.",
+                stacklevel=5,
+            )

@@ -1,0 +1,449 @@
+"""What is one step: the optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distmuon.checkpoint import merge_groups, restore_momentum
+from distmuon.comm.layout import check_gradient, local_tensor
+from distmuon.groups import (
+    Group,
+    Params,
+    as_groups,
+    check_disjoint,
+    check_group,
+    expand_group,
+    group_names,
+)
+from distmuon.numerics.adamw import adamw_update, init_state
+from distmuon.numerics.coefficients import Coefficients
+from distmuon.numerics.hardware import compute_dtype
+from distmuon.numerics.orthogonalize import orthogonalize
+from distmuon.numerics.update import all_zero, apply_direction, blend_momentum, lr_scale, resolve_lr_scale
+from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.plan import Bucket, Plan, build_plan
+from distmuon.report import RoutingReport, RoutingRow
+
+logger = logging.getLogger("distmuon")
+
+
+class Muon(Optimizer):
+    r"""Muon for hidden matrices and AdamW for everything else, in one optimizer.
+
+    A hidden matrix ``W`` with gradient ``G`` is updated by (Keller Jordan,
+    https://kellerjordan.github.io/posts/muon)::
+
+        B <- momentum * B + (1 - momentum) * G
+        O <- NewtonSchulz((1 - momentum) * G + momentum * B)      with Nesterov, else NewtonSchulz(B)
+        W <- (1 - lr * weight_decay) * W - lr * scale(shape) * O
+
+    Embeddings, heads, norms, biases and other parameters take torch's AdamW with ``adamw_lr``.
+
+    The arguments up to ``adjust_lr_fn`` have the names, order and meaning of :class:`torch.optim.Muon`,
+    and are the defaults of the Muon groups.
+
+    Args:
+        params: A module (the rules of :mod:`distmuon.routing` decide), ``named_parameters()`` (decided by
+            name and shape), or parameter groups that say ``use_muon``. A group may set any of ``lr,
+            weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, flatten,
+            betas, name``.
+        lr: Learning rate of the matrices, a number or a 1-element tensor.
+        weight_decay: Decoupled weight decay.
+        momentum: Weight of the past in the momentum average, in [0, 1).
+        nesterov: Nesterov momentum.
+        ns_coefficients: Newton-Schulz polynomial: ``(a, b, c)``, a name such as ``"polar_express"``, or
+            one tuple a step (:mod:`distmuon.numerics.coefficients`).
+        eps: Smallest Frobenius norm that a matrix is divided by.
+        ns_steps: Number of Newton-Schulz iterations.
+        adjust_lr_fn: Scale of the learning rate by shape, ``"original"`` (None), ``"match_rms_adamw"``,
+            ``"spectral"`` or ``"none"`` (:func:`distmuon.numerics.update.lr_scale`).
+        adamw_lr: Learning rate of everything else. None takes ``lr``, which is right only with
+            ``adjust_lr_fn="match_rms_adamw"`` and an error otherwise.
+        adamw_betas: Decay of AdamW's moments.
+        adamw_eps: Added to the root of AdamW's second moment.
+        adamw_weight_decay: None takes ``weight_decay``.
+        muon_names: Globs of parameter names that go to Muon whatever the rules say.
+        adamw_names: Globs of parameter names that go to AdamW whatever the rules say.
+        momentum_dtype: Dtype of the momentum average; None keeps that of the parameter.
+        ns_dtype: Dtype that matrices are rounded to before Newton-Schulz and that it returns. A device
+            without such products iterates in float32.
+        foreach: False updates one tensor at a time, with the operations of :class:`torch.optim.Muon` and
+            :class:`torch.optim.AdamW` in their order: the same bits, at their speed. None and True batch
+            matrices of one shape.
+        fused: Use torch's fused AdamW kernels.
+        compile: Run Newton-Schulz through :func:`torch.compile`.
+        bucket_bytes: Bound of the matrices, in ``ns_dtype``, that are orthogonalized together. Temporary
+            memory is a few times this, or one matrix where a matrix is larger.
+        maximize: Not supported; here to say so by name.
+
+    Raises:
+        TypeError: for complex, sparse or quantized parameters.
+        ValueError: for values out of range, unknown group keys, a parameter given twice, groups that do
+            not say who updates them, and a set of parameters of which none goes to Muon.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        muon_names: Sequence[str] = (),
+        adamw_names: Sequence[str] = (),
+        momentum_dtype: torch.dtype | None = None,
+        ns_dtype: torch.dtype = torch.bfloat16,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        compile: bool = False,
+        bucket_bytes: int = 128 << 20,
+        maximize: bool = False,
+    ) -> None:
+        if maximize:
+            raise ValueError("maximize=True is not supported: negate the loss instead.")
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={bucket_bytes}: give the bytes of at least one element.")
+        if compile and foreach is False:
+            raise ValueError("compile=True and foreach=False exclude each other: batches are what is compiled.")
+        self._options = _Options(
+            adamw_lr=adamw_lr,
+            adamw_eps=adamw_eps,
+            adamw_weight_decay=weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            momentum_dtype=momentum_dtype,
+            ns_dtype=ns_dtype,
+            foreach=foreach,
+            fused=fused,
+            compile=compile,
+            bucket_bytes=bucket_bytes,
+        )
+        self._plans: list[_GroupPlan] = []
+        groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
+        check_disjoint(groups)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "betas": adamw_betas,
+            "flatten": False,
+            "name": None,
+        }
+        super().__init__(groups, defaults)
+        self._check_some_muon()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see the class for its keys.
+
+        A group of named parameters without ``use_muon`` is routed by name, into several groups if need be.
+
+        Raises:
+            TypeError: for parameters that cannot be optimized.
+            ValueError: for a wrong key or value, or a parameter that the optimizer already has.
+        """
+        label = f"group {len(self.param_groups)}"
+        expanded, routes = expand_group(dict(param_group), label)
+        check_disjoint([*self.param_groups, *expanded])
+        self._routes.update(routes)
+        for group in expanded:
+            self._fill_defaults(group, label)
+            check_group(group, label)
+            super().add_param_group(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            TypeError: for a sparse gradient.
+            NotImplementedError: for a parameter of which this rank holds a part only.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._only_creates_state():
+            return loss
+        for index, (group, made) in enumerate(zip(self.param_groups, self._current_plans(), strict=True)):
+            for bucket in made.plan.buckets:
+                self._step_bucket(group, bucket)
+            if not group["use_muon"]:
+                self._step_adamw(group, f"group {index}")
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
+
+        State keys: ``momentum_buffer`` for matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class, or of :class:`torch.optim.Muon` over the same groups.
+
+        Momentum is kept in ``momentum_dtype`` where that is set. Group keys that the state lacks keep their
+        present values.
+
+        Raises:
+            ValueError: if the groups differ in number or size, or in who updates them.
+        """
+        groups = merge_groups(state_dict["param_groups"], self.param_groups)
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        if self._options.momentum_dtype is not None:
+            restore_momentum(self, state_dict, self._options.momentum_dtype)
+
+    def report(self) -> RoutingReport:
+        """What each parameter got and why, with effective learning rates as they are now."""
+        rows = []
+        for index, group in enumerate(self.param_groups):
+            label = f"group {index}"
+            for name, param in zip(group_names(group, label), group["params"], strict=True):
+                route = self._routes.get(name)
+                reason = route.reason if route is not None else f"{label} says so"
+                lr, matrices = float(group["lr"]), ""
+                if group["use_muon"]:
+                    spec = matrix_spec(name, param.shape, flatten=group["flatten"])
+                    matrices, lr = str(spec), lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols)
+                algorithm = "muon" if group["use_muon"] else "adamw"
+                rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
+        devices = {param.device for group in self.param_groups if group["use_muon"] for param in group["params"]}
+        return RoutingReport(tuple(rows), tuple(self._precision_note(device) for device in sorted(devices, key=str)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plans = []
+        super().__setstate__(state)
+
+    def _step_bucket(self, group: Group, bucket: Bucket) -> None:
+        """Momentum, Newton-Schulz, decay and scaled step for matrices of one shape."""
+        members = [
+            (group["params"][index], spec)
+            for index, spec in zip(bucket.members, bucket.specs, strict=True)
+            if group["params"][index].grad is not None
+        ]
+        if not members:
+            return
+        params, grads, buffers = [], [], []
+        for param, spec in members:
+            check_gradient(spec.parameter, param.grad)
+            params.append(local_tensor(spec.parameter, param))
+            grads.append(local_tensor(spec.parameter, param.grad))
+            buffers.append(local_tensor(spec.parameter, self._muon_state(param)["momentum_buffer"]))
+
+        batched = self._options.foreach is not False
+        # On a CPU foreach functions loop over the tensors, and cost a check more
+        foreach = batched and params[0].device.type != "cpu"
+        counts = [spec.count for _, spec in members]
+        stack = params[0].new_empty((sum(counts), bucket.rows, bucket.cols), dtype=self._options.ns_dtype)
+        blend_momentum(
+            grads,
+            buffers,
+            _per_parameter(stack, counts, params),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            foreach=foreach,
+        )
+        directions = orthogonalize(
+            stack,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+            batched=batched,
+            compile=self._options.compile,
+        )
+        apply_direction(
+            params,
+            _per_parameter(directions, counts, params),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
+            foreach=foreach,
+        )
+
+    def _step_adamw(self, group: Group, label: str) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        for name, param in zip(group_names(group, label), group["params"], strict=True):
+            if param.grad is not None:
+                check_gradient(name, param.grad)
+        adamw_update(
+            params,
+            [param.grad for param in params],
+            [self._adamw_state(param) for param in params],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            foreach=self._options.foreach,
+            fused=self._options.fused,
+        )
+
+    def _only_creates_state(self) -> bool:
+        """Whether this step is the dummy one of DCP and TorchTitan: no rate, no gradient.
+
+        They take it to make lazy state exist; counted as a step it would change AdamW's bias correction.
+        """
+        pairs = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        fresh = any(not self.state.get(param) for _, param in pairs)
+        if not pairs or not all(_is_zero(group["lr"], read=fresh) for group in self.param_groups):
+            return False
+        if not all_zero([param.grad for _, param in pairs]):
+            return False
+        for group, param in pairs:
+            self._muon_state(param) if group["use_muon"] else self._adamw_state(param)
+        return True
+
+    def _muon_state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            dtype = self._options.momentum_dtype
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _adamw_state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state.update(init_state(param, fused=self._options.fused))
+        return state
+
+    def _current_plans(self) -> list[_GroupPlan]:
+        """One plan a group, made again when parameters were added or swapped (accelerate swaps them all)."""
+        same = len(self._plans) == len(self.param_groups) and all(
+            made.fits(group) for made, group in zip(self._plans, self.param_groups, strict=True)
+        )
+        if not same:
+            first = not self._plans
+            self._plans = [self._plan_group(group, f"group {i}") for i, group in enumerate(self.param_groups)]
+            if first:
+                logger.info("routing\n%s", self.report())
+        return self._plans
+
+    def _plan_group(self, group: Group, label: str) -> _GroupPlan:
+        params = list(group["params"])
+        if not group["use_muon"]:
+            return _GroupPlan(params, group["flatten"], Plan(()))
+        specs = [
+            matrix_spec(name, param.shape, flatten=group["flatten"])
+            for name, param in zip(group_names(group, label), params, strict=True)
+        ]
+        plan = build_plan(
+            specs,
+            kinds=[(str(param.device), str(param.dtype)) for param in params],
+            bucket_numel=max(1, self._options.bucket_bytes // self._options.ns_dtype.itemsize),
+        )
+        return _GroupPlan(params, group["flatten"], plan)
+
+    def _fill_defaults(self, group: Group, label: str) -> None:
+        if not group["use_muon"]:
+            group.setdefault("lr", self._adamw_lr(label))
+            group.setdefault("weight_decay", self._options.adamw_weight_decay)
+            group.setdefault("eps", self._options.adamw_eps)
+        for key, value in self.defaults.items():
+            group.setdefault(key, value)
+
+    def _adamw_lr(self, label: str) -> float | Tensor:
+        if self._options.adamw_lr is not None:
+            return self._options.adamw_lr
+        scale = resolve_lr_scale(self.defaults["adjust_lr_fn"])
+        if scale == "match_rms_adamw":
+            return self.defaults["lr"]
+        raise ValueError(
+            f"{label} takes AdamW and has no learning rate: with adjust_lr_fn={scale!r} the rate of the matrices "
+            "does not suit AdamW. Pass adamw_lr (3e-4 is common), or adjust_lr_fn='match_rms_adamw', with which "
+            "one lr, that of AdamW, serves both."
+        )
+
+    def _check_some_muon(self) -> None:
+        if any(group["use_muon"] for group in self.param_groups):
+            return
+        raise ValueError(
+            "no parameter goes to Muon:\n"
+            f"{self.report()}\n"
+            "Pass muon_names or groups with use_muon=True. If the matrices of the model are 1-D here, they were "
+            "flattened (FSDP1, ZeRO): shard with torch.distributed.fsdp.fully_shard instead. For AdamW alone "
+            "use torch.optim.AdamW."
+        )
+
+    def _precision_note(self, device: torch.device) -> str:
+        asked = self._options.ns_dtype
+        held = asked if self._options.foreach is False else compute_dtype(asked, device)
+        note = "" if held is asked else f", iterates in {held}: this device multiplies {asked} in software"
+        return f"Newton-Schulz on {device}: {asked}{note}."
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the whole optimizer, rather than a group, is set to."""
+
+    adamw_lr: float | Tensor | None
+    adamw_eps: float
+    adamw_weight_decay: float
+    momentum_dtype: torch.dtype | None
+    ns_dtype: torch.dtype
+    foreach: bool | None
+    fused: bool | None
+    compile: bool
+    bucket_bytes: int
+
+
+@dataclass(frozen=True)
+class _GroupPlan:
+    """The plan of a group, and what it was made from."""
+
+    params: list[Tensor]
+    flatten: bool
+    plan: Plan
+
+    def fits(self, group: Group) -> bool:
+        """Whether the group still holds the parameters that were planned."""
+        return (
+            len(self.params) == len(group["params"])
+            and self.flatten == group["flatten"]
+            and all(old is new for old, new in zip(self.params, group["params"], strict=True))
+        )
+
+
+def _per_parameter(stack: Tensor, counts: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``stack``, ``(sum(counts), m, n)``, in the shape of each parameter."""
+    return [part.reshape(param.shape) for part, param in zip(stack.split(list(counts)), params, strict=True)]
+
+
+def _is_zero(lr: float | Tensor, *, read: bool) -> bool:
+    """Whether a rate is 0; one on an accelerator is only looked at if ``read``, since that waits for it."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and not read:
+        return False
+    return float(lr) == 0.0

@@ -1,0 +1,51 @@
+"""Elementwise operations on lists of tensors, one by one or in torch's foreach kernels.
+
+The one place that names torch's foreach functions: they are documented, have no public alias, and turn
+hundreds of kernel launches into a few on a GPU. Their last bit can differ from that of one tensor's
+operation (a bfloat16 tensor times a number does), so ``foreach=False`` keeps to the plain ones.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
+
+
+def lerp_(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> None:
+    """``t <- t + weight * (end - t)`` in place; dtypes of the two lists agree."""
+    if foreach:
+        torch._foreach_lerp_(tensors, ends, weight)
+        return
+    for tensor, end in zip(tensors, ends, strict=True):
+        tensor.lerp_(end, weight)
+
+
+def lerp(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> Tensors:
+    """``t + weight * (end - t)`` as new tensors; dtypes of the two lists agree."""
+    if foreach:
+        return torch._foreach_lerp(tensors, ends, weight)
+    return [tensor.lerp(end, weight) for tensor, end in zip(tensors, ends, strict=True)]
+
+
+def copy_(targets: Tensors, sources: Tensors, *, foreach: bool) -> None:
+    """Copy each source into its target, cast to the target's dtype."""
+    if foreach:
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def decay_and_add_(tensors: Tensors, factor: float, others: Tensors, alpha: float, *, foreach: bool) -> None:
+    """``t <- factor * t + alpha * other`` in place."""
+    if foreach:
+        torch._foreach_mul_(tensors, factor)
+        torch._foreach_add_(tensors, others, alpha=alpha)
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.mul_(factor)
+        tensor.add_(other, alpha=alpha)

@@ -1,0 +1,169 @@
+"""Newton-Schulz: from a matrix towards its polar factor U V^T."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from distmuon.numerics.coefficients import Coefficients, Stage, resolve_stages
+from distmuon.numerics.hardware import compute_dtype
+
+# Batches past this many elements leave the CPU's cache and lose more than they gain
+_CPU_BATCH_ELEMENTS = 1 << 20
+# Elsewhere a batch is bounded for memory only: a float32 copy and three Gram matrices are held beside it
+_DEVICE_BATCH_ELEMENTS = 1 << 28
+
+
+def orthogonalize(
+    x: Tensor,
+    *,
+    coefficients: Coefficients = "quintic",
+    steps: int | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
+    batched: bool = True,
+    compile: bool = False,
+) -> Tensor:
+    r"""Approximate the polar factor ``U V^T`` of each matrix ``U S V^T`` in ``x``.
+
+    With the default quintic the singular values of the result lie in about [0.47, 1.21] for those of
+    the input down to 1e-3 of its Frobenius norm, as in torch.optim.Muon. Other coefficients come closer
+    to 1 (:mod:`distmuon.numerics.coefficients`).
+
+    Zero stays zero; a matrix that holds NaN or Inf becomes NaN. ``x`` is never written.
+
+    Args:
+        x: Real floating-point matrices of shape ``(m, n)`` or ``(..., m, n)``.
+        coefficients: A name (``"quintic"``, ``"polar_express"``, ...), one stage, or one stage a step.
+        steps: Number of iterations; None runs a table once, and a single stage five times.
+        eps: Frobenius norms below this count as this, so smaller matrices come out proportionally
+            smaller (torch.optim.Muon has 1e-7). 0 makes the result independent of the scale of ``x``.
+        dtype: Dtype that ``x`` is rounded to first and that the result has; None keeps that of ``x``.
+            Iterates are held in it where the device multiplies it in hardware, in float32 elsewhere
+            (:func:`distmuon.numerics.hardware.compute_dtype`).
+        batched: Matrices are multiplied in batches. False takes one matrix at a time through the
+            operations of torch.optim.Muon in their order, so that with ``dtype=torch.bfloat16`` and the
+            default quintic the result has the same bits (and its speed, and its range: norms over 1e19
+            overflow).
+        compile: Run the batched iteration through :func:`torch.compile`.
+
+    Returns:
+        A new tensor of the shape of ``x``.
+
+    Raises:
+        TypeError: if ``x`` is not a dense real floating-point tensor.
+        ValueError: if ``x`` has fewer than two dimensions, or the coefficients do not fit the steps.
+    """
+    _check_input(x, batched=batched, compile=compile)
+    stages = resolve_stages(coefficients, steps)
+    dtype = dtype or x.dtype
+    if x.numel() == 0:
+        return x.to(dtype, copy=True)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    if not batched:
+        return _one_by_one(matrices, stages, eps, dtype).reshape(x.shape)
+    iterate = _compiled_iterate() if compile else iterate_batch
+    out = torch.empty(matrices.shape, dtype=dtype, device=x.device)
+    for source, target in zip(_chunks(matrices), _chunks(out), strict=True):
+        target.copy_(iterate(normalize(source.to(dtype), eps), stages))
+    return out.view(x.shape)
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """Divide each matrix by its Frobenius norm, whatever its scale.
+
+    The largest entry is divided out first, since squares of entries past 1e19 leave float32.
+
+    Args:
+        x: ``(b, m, n)``.
+        eps: Smallest norm to divide by.
+
+    Returns:
+        A new tensor of the same shape, in the dtype that iterates are held in.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    peak = torch.linalg.vector_norm(wide, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    wide.div_(peak)
+    # A non-zero matrix now has an entry of 1, so its norm is at least 1 and the clamp is for zeros alone
+    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp_(min=1.0)
+    if eps > 0.0:
+        norm = torch.maximum(norm, eps / peak)
+    return wide.div_(norm).to(compute_dtype(x.dtype, x.device))
+
+
+def iterate_batch(x: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """Run ``stages`` on matrices whose spectral norm is at most 1.
+
+    Args:
+        x: ``(b, m, n)``; its Gram matrix is taken on the short side, so tall ones need no transpose.
+        stages: One tuple a step.
+
+    Returns:
+        ``(b, m, n)``, row-major.
+    """
+    tall = x.size(-2) > x.size(-1)
+    for stage in stages:
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        a, polynomial = _polynomial(gram, stage, torch.baddbmm)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _polynomial(gram: Tensor, stage: Stage, addmm: Callable[..., Tensor]) -> tuple[float, Tensor]:
+    """Split ``P(R)`` into its constant, which later products add for free, and the rest."""
+    if len(stage) == 2:
+        a, b = stage
+        return a, gram * b
+    if len(stage) == 3:
+        a, b, c = stage
+        return a, addmm(gram, gram, gram, beta=b, alpha=c)
+    p, u, c, d, e = stage
+    nested = addmm(gram, gram, gram, beta=u)
+    rest = addmm(nested, nested, nested, beta=d, alpha=c)
+    return p, rest if e == 0.0 else rest.add(gram, alpha=e)
+
+
+def _one_by_one(matrices: Tensor, stages: Sequence[Stage], eps: float, dtype: torch.dtype) -> Tensor:
+    """The operations of torch.optim.Muon on each of ``(b, m, n)`` in turn, in their order.
+
+    Tall matrices come back transposed in memory, as from torch.optim.Muon: adding such a view to a bfloat16
+    parameter rounds differently from adding a row-major tensor.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    done = []
+    for matrix in matrices:
+        x = matrix.to(dtype, copy=True)
+        x = x.mT if tall else x
+        x.div_(x.norm().clamp(min=eps if eps > 0.0 else torch.finfo(dtype).tiny))
+        for stage in stages:
+            a, polynomial = _polynomial(x @ x.mT, stage, torch.addmm)
+            x = torch.addmm(x, polynomial, x, beta=a)
+        done.append(x)
+    wide = torch.stack(done)
+    return wide.mT if tall else wide
+
+
+def _chunks(matrices: Tensor) -> Iterator[Tensor]:
+    """Batches of a size that depends on the shape of a matrix alone."""
+    bound = _CPU_BATCH_ELEMENTS if matrices.device.type == "cpu" else _DEVICE_BATCH_ELEMENTS
+    return iter(matrices.split(max(1, bound // matrices[0].numel())))
+
+
+@functools.cache
+def _compiled_iterate() -> Callable[[Tensor, Sequence[Stage]], Tensor]:
+    # dynamic: one graph for all shapes, where one a shape would run into the recompilation limit
+    return torch.compile(iterate_batch, dynamic=True)
+
+
+def _check_input(x: Tensor, *, batched: bool, compile: bool) -> None:
+    if x.layout is not torch.strided or not x.dtype.is_floating_point or x.is_quantized:
+        kind = x.layout if x.layout is not torch.strided else x.dtype
+        raise TypeError(f"orthogonalize takes dense real floating-point matrices, got a tensor of {kind}.")
+    if x.ndim < 2:
+        raise ValueError(f"orthogonalize takes matrices, (m, n) or (..., m, n); got shape {tuple(x.shape)}.")
+    if compile and not batched:
+        raise ValueError("compile=True is for the batched path: drop batched=False, or compile.")

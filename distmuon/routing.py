@@ -1,0 +1,236 @@
+"""Who gets Muon, who gets AdamW, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from distmuon.plan.matrices import matrix_spec
+
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_HEAD_NAMES = frozenset(
+    "lm_head head output output_head output_layer classifier score embed_out unembed unembedding".split()
+)
+# Last part of the name of a parameter that belongs to no module type we know
+_EMBEDDING_NAME = re.compile(r"(^|_)(embed|embeds|embedding|embeddings|emb|wte|wpe)(_|$)|(^|_)tokens?$")
+
+
+@dataclass(frozen=True)
+class Route:
+    """The decision for one parameter.
+
+    Attributes:
+        use_muon: Muon, else AdamW.
+        reason: A few words for the report.
+        flatten: Whether all axes after the first are joined to one (convolutions).
+    """
+
+    use_muon: bool
+    reason: str
+    flatten: bool = False
+
+
+def clean_name(name: str) -> str:
+    """Strip the prefixes that torch.compile, FSDP, activation checkpointing and DDP put into names.
+
+    ``module`` is stripped at the front only, where DDP puts it.
+    """
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def route_module(
+    module: nn.Module, *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()
+) -> dict[str, Route]:
+    """Route every parameter of a model by the modules that use it.
+
+    A parameter that several modules share (a tied head) is an embedding or a head if any of them is.
+    The user's globs come last and win.
+
+    Args:
+        module: The model, wrapped or not, on any device.
+        muon_names: Globs of names that Muon takes, whatever the rules say.
+        adamw_names: Globs of names that AdamW takes.
+
+    Returns:
+        One route a parameter, under its clean name, in the order of ``module.named_parameters()``.
+
+    Raises:
+        ValueError: if a glob matches nothing, two globs disagree, or a parameter's matrix axes are not
+            known.
+    """
+    uses = _uses(module)
+    heads = _heads(module, uses)
+    routes = {}
+    for raw_name, param in module.named_parameters():
+        name = clean_name(raw_name)
+        routes[name] = _route_used(name, param, uses[id(param)], head=id(param) in heads)
+    return _apply_globs(routes, dict(_clean(module.named_parameters())), muon_names, adamw_names)
+
+
+def route_named(
+    named: Iterable[tuple[str, Tensor]], *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()
+) -> dict[str, Route]:
+    """Route parameters of which only names and shapes are known.
+
+    Args:
+        named: ``(name, parameter)`` pairs, as ``module.named_parameters()`` gives them.
+        muon_names: Globs of names that Muon takes.
+        adamw_names: Globs of names that AdamW takes.
+
+    Returns:
+        One route a parameter, under its clean name.
+
+    Raises:
+        ValueError: as :func:`route_module`.
+    """
+    params = dict(_clean(named))
+    routes = {name: _route_by_name(name, param) for name, param in params.items()}
+    return _apply_globs(routes, params, muon_names, adamw_names)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One module that holds a parameter."""
+
+    path: str
+    module: nn.Module
+
+
+def _uses(root: nn.Module) -> dict[int, list[_Use]]:
+    uses: dict[int, list[_Use]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        for param in module.parameters(recurse=False):
+            uses.setdefault(id(param), []).append(_Use(clean_name(path), module))
+    return uses
+
+
+def _heads(root: nn.Module, uses: dict[int, list[_Use]]) -> set[int]:
+    """Identities of output-head weights: what maps features to tokens or classes."""
+    heads: set[int] = set()
+    vocabularies: set[tuple[int, ...]] = set()
+    for module in root.modules():
+        if isinstance(module, nn.Embedding):
+            vocabularies.add(tuple(module.weight.shape))
+        getter = getattr(module, "get_output_embeddings", None)  # transformers' public accessor
+        output = getter() if callable(getter) else None
+        if isinstance(output, nn.Module):
+            heads.update(id(param) for param in output.parameters())
+    for identity, users in uses.items():
+        for use in users:
+            parts = use.path.split(".")
+            # Numbered blocks repeat; what stands outside them and maps to the vocabulary is the head
+            if not isinstance(use.module, nn.Linear) or any(part.isdigit() for part in parts):
+                continue
+            rows, cols = use.module.weight.shape
+            if parts[-1] in _HEAD_NAMES or (rows != cols and (rows, cols) in vocabularies):
+                heads.add(identity)
+    heads.update(id(param) for param in _last_linear_of_sequential(root))
+    return heads
+
+
+def _last_linear_of_sequential(root: nn.Module) -> Iterator[Tensor]:
+    if isinstance(root, nn.Sequential):
+        linears = [child for child in root if isinstance(child, nn.Linear)]
+        if len(linears) > 1:
+            yield from linears[-1].parameters()
+
+
+def _route_used(name: str, param: Tensor, users: Sequence[_Use], *, head: bool) -> Route:
+    tied = " (tied)" if len(users) > 1 else ""
+    modules = [use.module for use in users]
+    if param.ndim < 2:
+        return Route(False, "vector or scalar")
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+        return Route(False, f"embedding{tied}")
+    if head:
+        return Route(False, f"output head{tied}")
+    if any(isinstance(module, _NORMS) for module in modules):
+        return Route(False, "norm")
+    convolution = next((module for module in modules if isinstance(module, _CONVOLUTIONS)), None)
+    if convolution is not None:
+        if convolution.groups > 1:
+            depthwise = convolution.groups == convolution.in_channels
+            return Route(False, "depthwise convolution" if depthwise else "grouped convolution")
+        return _by_shape(name, param, "convolution", flatten=True)
+    if any(isinstance(module, nn.Linear | nn.Bilinear) for module in modules):
+        return _by_shape(name, param, "hidden matrix")
+    return _route_by_name(name, param)
+
+
+def _route_by_name(name: str, param: Tensor) -> Route:
+    parts = name.split(".")
+    if param.ndim < 2:
+        return Route(False, "vector or scalar")
+    owner = parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
+    if _EMBEDDING_NAME.search(owner):
+        return Route(False, f"named like an embedding ({owner})")
+    if owner in _HEAD_NAMES and not any(part.isdigit() for part in parts):
+        return Route(False, f"named like an output head ({owner})")
+    return _by_shape(name, param, "hidden matrix")
+
+
+def _by_shape(name: str, param: Tensor, what: str, *, flatten: bool = False) -> Route:
+    try:
+        spec = matrix_spec(name, param.shape, flatten=flatten)
+    except ValueError as error:
+        raise ValueError(f"{error} Or pass the module itself, muon_names or adamw_names.") from None
+    if spec.degenerate:
+        return Route(False, f"degenerate matrix ({spec.rows} x {spec.cols})")
+    return Route(True, what if spec.count == 1 else f"stack of {spec.count} matrices", flatten)
+
+
+def _apply_globs(
+    routes: dict[str, Route],
+    params: dict[str, Tensor],
+    muon_names: Sequence[str],
+    adamw_names: Sequence[str],
+) -> dict[str, Route]:
+    chosen = {glob: fnmatch.filter(routes, glob) for glob in (*muon_names, *adamw_names)}
+    for glob, matches in chosen.items():
+        if not matches:
+            near = ", ".join(list(routes)[:3])
+            raise ValueError(f"the glob {glob!r} matches no parameter; names look like {near}.")
+    by_muon = {name: glob for glob in muon_names for name in chosen[glob]}
+    by_adamw = {name: glob for glob in adamw_names for name in chosen[glob]}
+    for name in by_muon.keys() & by_adamw.keys():
+        raise ValueError(
+            f"parameter {name!r} matches {by_muon[name]!r} in muon_names and {by_adamw[name]!r} in "
+            "adamw_names: make one of the globs narrower."
+        )
+    routes = dict(routes)
+    for name, glob in by_adamw.items():
+        routes[name] = Route(False, f"adamw_names {glob!r}")
+    for name, glob in by_muon.items():
+        ruled = routes[name]
+        if not ruled.use_muon and ("embedding" in ruled.reason or "head" in ruled.reason):
+            warnings.warn(
+                f"{name!r} goes to Muon by muon_names={glob!r}, though the rules say {ruled.reason}: Muon is "
+                "for hidden matrices, and embeddings and heads usually train better with AdamW.",
+                stacklevel=4,
+            )
+        flatten = ruled.flatten or params[name].ndim > 3
+        matrix_spec(name, params[name].shape, flatten=flatten)
+        routes[name] = Route(True, f"muon_names {glob!r}", flatten)
+    return routes
+
+
+def _clean(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, param in named:
+        yield clean_name(name), param
