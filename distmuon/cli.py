@@ -1,0 +1,92 @@
+"""The ``distmuon`` command; each subcommand imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from distmuon._version import __version__
+
+_EXTRA_MODULES = {"transformers", "datasets", "torchdata", "tokenizers", "jsonargparse", "yaml", "rich"}
+_EXTRA_MODULES |= {"matplotlib", "numpy", "safetensors", "tensorboard", "pyarrow"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        run: Takes the arguments after the subcommand's name and returns the exit code.
+        help: One line for ``distmuon --help``.
+    """
+
+    run: Callable[[Sequence[str]], int]
+    help: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+
+    Returns:
+        The exit code; 1 after a user's error, 2 for a command line that names no subcommand.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    # only the first word is looked at: all others belong to the subcommand
+    name = parser.parse_args(given[:1]).command
+    try:
+        return COMMANDS[name].run(given[1:])
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _EXTRA_MODULES:
+            raise
+        print(
+            f"error: distmuon {name} needs the package {missing}, which is not installed: "
+            "pip install 'distmuon[pretrain]'",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _pretrain(arguments: Sequence[str]) -> int:
+    from distmuon.pretrain.command import run_command
+
+    return run_command(arguments)
+
+
+def _tokenize(arguments: Sequence[str]) -> int:
+    from distmuon.pretrain.tokenize_command import run_command
+
+    return run_command(arguments)
+
+
+COMMANDS = {
+    "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
+    "tokenize": Command(_tokenize, "turn text into shards of tokens, once for many runs"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="distmuon",
+        description="The Muon optimizer for whole models.",
+        epilog=f"commands:\n{listing}\n\ndistmuon COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"distmuon {__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND", help="what to do")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

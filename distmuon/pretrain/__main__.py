@@ -1,0 +1,8 @@
+"""``python -m distmuon.pretrain``."""
+
+import sys
+
+from distmuon.pretrain.command import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:], prog="python -m distmuon.pretrain"))

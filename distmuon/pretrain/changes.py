@@ -1,0 +1,70 @@
+"""The resolved config of a run folder, and what differs from it at a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import yaml
+
+from distmuon.pretrain.config import Config, flatten
+from distmuon.pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# these change what is written or shown, not what is computed
+_HARMLESS = ("log.", "checkpoint.", "train.eval_", "train.sample_", "train.threads", "data.cache_dir")
+# a checkpoint holds tensors of these
+_FIXED = ("model.", "optim.name")
+
+
+def check_changes(saved: pathlib.Path, config: Config) -> None:
+    """Compare a resolved config with the one that a run folder holds.
+
+    Args:
+        saved: The ``config.yaml`` of the run; nothing is compared without it.
+        config: The resolved config of now.
+
+    Raises:
+        UserError: If the model or the kind of optimizer changed, which no checkpoint survives.
+    """
+    if not saved.exists():
+        return
+    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+    now = flatten(dataclasses.asdict(config))
+    changed = [
+        key
+        for key in sorted({*before, *now})
+        if _plain(before.get(key)) != _plain(now.get(key)) and not key.startswith(_HARMLESS)
+    ]
+    fixed = [key for key in changed if key.startswith(_FIXED)]
+    if fixed:
+        raise UserError(
+            f"the checkpoint belongs to a run with {_values(fixed, before)}, and this config has "
+            f"{_values(fixed, now)}: restore it, or start a new run without --resume."
+        )
+    if changed:
+        logger.warning(
+            "the config changed, so this run will not repeat the first one: %s",
+            ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed),
+        )
+
+
+def write_config(path: pathlib.Path, config: Config, step: int) -> None:
+    """Write the resolved config; another one that is there stays beside it, named for its last step."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        path.replace(path.with_name(f"config-until-step-{step}.yaml"))
+    path.write_text(text, encoding="utf-8")
+
+
+def _values(keys: list[str], flat: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {flat[key]}" if key in flat else f"no {key}" for key in keys)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

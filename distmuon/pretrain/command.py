@@ -1,0 +1,77 @@
+"""The ``pretrain`` command: parse, train, and turn what goes wrong into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+
+import rich
+from rich.logging import RichHandler
+
+from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.interrupt import Interrupted
+from distmuon.pretrain.parse import parse_command
+from distmuon.pretrain.progress import wants_bar
+from distmuon.pretrain.run import train
+
+
+def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> int:
+    """Run ``pretrain`` with a command line.
+
+    Args:
+        arguments: Without the program's name.
+        prog: Name of the program, for the help and for the resume command.
+
+    Returns:
+        The exit code: 0, 1 for a user's error, 128 + signal for an interrupted run.
+    """
+    debug = "--debug" in arguments or bool(os.environ.get("DISTMUON_DEBUG"))
+    try:
+        command = parse_command(arguments, prog)
+        _set_up_logging(wants_bar(command.config.log.progress))
+        train(command.config, command.resume)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"{stop}", file=sys.stderr)
+        if stop.checkpoint is not None:
+            print(f"resume: {_resume_command(arguments, prog, str(stop.checkpoint.parent.parent))}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the first step or by a second Ctrl-C; nothing new is saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _set_up_logging(bar: bool) -> None:
+    """Messages of the package to the terminal above the bar, or as plain lines to stdout."""
+    handler: logging.Handler
+    if bar:
+        console = rich.get_console()
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("distmuon")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    # its table of all parameters is in routing.txt
+    logging.getLogger("distmuon.muon").setLevel(logging.WARNING)
+
+
+def _resume_command(arguments: Sequence[str], prog: str, folder: str) -> str:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument == "--resume":
+            skip = not skip
+        elif not argument.startswith("--resume="):
+            kept.append(argument)
+    return f"{prog} {shlex.join([*kept, '--resume', folder])}"

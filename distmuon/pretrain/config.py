@@ -1,0 +1,249 @@
+"""Every setting of a pretraining run, as dataclasses; ``parse.py`` fills them from YAML and flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distmuon.pretrain.data import DataConfig
+from distmuon.pretrain.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The model: any causal language model of transformers, made with random weights.
+
+    Attributes:
+        type: Name that ``transformers.AutoConfig.for_model`` knows, such as llama, qwen3, gpt2 or olmo2.
+        config: Arguments of that configuration, such as hidden_size. vocab_size comes from the data
+            when it is absent, and the context length is raised to data.sequence_length.
+    """
+
+    type: str = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its learning rate schedule.
+
+    Attributes:
+        name: muon (with AdamW for embeddings, head and vectors) or adamw for everything.
+        lr: Peak learning rate.
+        adamw_lr: Peak learning rate of the parameters that AdamW updates under muon; null: lr.
+        weight_decay: Decoupled weight decay.
+        momentum: Momentum of Muon.
+        nesterov: Whether Muon's momentum is Nesterov's.
+        ns_steps: Number of Newton-Schulz iterations.
+        ns_coefficients: Three numbers a, b, c of the iteration, or the name of a set; null: the default.
+        adjust_lr_fn: How Muon's step is scaled to a matrix's shape: match_rms_adamw lets Muon use
+            AdamW's learning rates; original is Jordan's.
+        betas: Averaging coefficients of AdamW.
+        eps: Term added to AdamW's denominator.
+        grad_clip: Largest global gradient norm; 0: off.
+        schedule: wsd (warm up, hold, go down linearly), cosine or constant.
+        warmup_steps: Steps of linear warm-up.
+        warmdown_ratio: Part of all steps, at the end, over which wsd goes down.
+        final_lr_frac: Learning rate at the end as a part of the peak.
+    """
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = 2e-3
+    adamw_lr: float | None = None
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_coefficients: str | list[float] | None = None
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = 0
+    warmdown_ratio: float = 0.2
+    final_lr_frac: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """How long and how to train. Give tokens or steps.
+
+    Attributes:
+        tokens: Tokens to train on; rounded down to whole steps.
+        steps: Optimizer steps to take.
+        global_batch_tokens: Tokens in one optimizer step, over all devices.
+        device_batch: Sequences in one forward pass of one device; the rest is gradient accumulation.
+        dtype: auto: bfloat16 autocast where the device multiplies it natively, else float32.
+            Parameters and optimizer state are float32 always.
+        device: auto, cpu, cuda, cuda:1, mps, ...
+        compile: Compile the model with torch.compile.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        deterministic: Ask torch for deterministic kernels; slower on CUDA, no change on a CPU.
+        seed: Seed of the weights, of dropout and of the sample.
+        threads: CPU threads of torch; null: torch's choice.
+        eval_every: Steps between validations; 0: only at the end.
+        eval_tokens: Validation tokens read each time; null: all of them.
+        sample_tokens: Tokens of sample text made at the end; 0: none.
+        sample_prompt: Text that the sample continues.
+    """
+
+    tokens: int | None = None
+    steps: int | None = None
+    global_batch_tokens: int = 524_288
+    device_batch: int = 16
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    threads: int | None = None
+    eval_every: int = 250
+    eval_tokens: int | None = 1_048_576
+    sample_tokens: int = 0
+    sample_prompt: str = "\n"
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes of a run are arranged; the product is the number of processes.
+
+    Attributes:
+        dp_replicate: Copies of the model; -1: whatever is left.
+        dp_shard: Processes that share one copy's parameters; -1: whatever is left.
+        tp: Processes that share each matrix product; -1: whatever is left.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+
+@dataclass
+class LogConfig:
+    """Where and what a run reports.
+
+    Attributes:
+        dir: Folder of the run folders.
+        name: Name of the run folder; null: that of the config file.
+        every: Steps between lines of metrics.
+        tensorboard: Write TensorBoard events into the run folder too.
+        progress: bar, lines or off; auto: a bar on a terminal, else lines.
+        plot: Draw loss.png at the end.
+    """
+
+    dir: str = "runs"
+    name: str | None = None
+    every: int = 10
+    tensorboard: bool = False
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    plot: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of a run is saved.
+
+    Attributes:
+        every: Steps between checkpoints, one more at the end; 0: no checkpoints at all.
+        keep: Newest checkpoints that are kept.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass
+class Config:
+    """All settings of a run; each section is a group of keys in the YAML file.
+
+    Attributes:
+        model: The model.
+        data: The corpus and its tokens.
+        optim: The optimizer and its schedule.
+        train: Length, batch and precision.
+        parallel: Arrangement of processes.
+        log: Run folder and metrics.
+        checkpoint: Saving.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# (key, smallest value); null passes
+_AT_LEAST = (
+    ("train.tokens", 1),
+    ("train.steps", 1),
+    ("train.global_batch_tokens", 1),
+    ("train.device_batch", 1),
+    ("train.threads", 1),
+    ("train.eval_every", 0),
+    ("train.eval_tokens", 1),
+    ("train.sample_tokens", 0),
+    ("optim.lr", 0),
+    ("optim.adamw_lr", 0),
+    ("optim.weight_decay", 0),
+    ("optim.ns_steps", 1),
+    ("optim.grad_clip", 0),
+    ("optim.warmup_steps", 0),
+    ("log.every", 1),
+    ("checkpoint.every", 0),
+    ("checkpoint.keep", 1),
+)
+
+
+def validate(config: Config) -> None:
+    """Check what needs no data, no model and no device.
+
+    Raises:
+        UserError: For the first value that cannot work, saying what would.
+    """
+    for key, least in _AT_LEAST:
+        value = get(config, key)
+        if value is not None and value < least:
+            raise UserError(f"{key} is {value}, and it must be at least {least}: raise it.")
+    train, optim = config.train, config.optim
+    if (train.tokens is None) == (train.steps is None):
+        way = "give one of them" if train.tokens is None else "set the other to null, as in --train.steps null"
+        raise UserError(
+            f"train.tokens is {train.tokens} and train.steps is {train.steps}, and exactly one says how long to "
+            f"train: {way}."
+        )
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas is {optim.betas}, and it must be two numbers in [0, 1): try [0.9, 0.95].")
+    for key in ("optim.warmdown_ratio", "optim.final_lr_frac"):
+        value = get(config, key)
+        if not 0 <= value <= 1:
+            raise UserError(f"{key} is {value}, and it is a part of a whole: give a number from 0 to 1.")
+    coefficients = optim.ns_coefficients
+    if isinstance(coefficients, list) and len(coefficients) != 3:
+        raise UserError(
+            f"optim.ns_coefficients has {len(coefficients)} numbers, and the iteration takes 3 (a, b, c): "
+            "give three, or null for the default."
+        )
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key, such as ``"optim.lr"``."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

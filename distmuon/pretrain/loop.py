@@ -1,0 +1,251 @@
+"""The training loop: steps, and between them logs, validations and checkpoints."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from distmuon.pretrain.batch import BatchPlan
+from distmuon.pretrain.checkpoint import AppState
+from distmuon.pretrain.config import Config
+from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.evaluate import Validation, language_model_loss
+from distmuon.pretrain.interrupt import Interrupted, InterruptGuard
+from distmuon.pretrain.memory import peak_memory_gib
+from distmuon.pretrain.metrics import Record
+from distmuon.pretrain.optimizer import learning_rates
+from distmuon.pretrain.precision import autocast, synchronize
+from distmuon.pretrain.report import BITS_PER_BYTE, TRAIN_LOSS, VALIDATION_LOSS
+
+
+@dataclass
+class Parts:
+    """What the loop works with.
+
+    Attributes:
+        config: All settings.
+        plan: Sizes of a step.
+        model: The model, in training mode on ``device``.
+        optimizer: Its optimizer.
+        routing: What it does to which parameter, as a sentence and a table.
+        scheduler: Its learning rates.
+        loader: Endless training batches of ``device_batch`` sequences.
+        state: What checkpoints hold; its ``progress`` says where to start.
+        device: Of the model.
+        dtype: Of the forward pass.
+        flops_per_token: Model FLOPs of a trained token.
+        peak_flops: Of the device, FLOP/s; None where it is not known.
+    """
+
+    config: Config
+    plan: BatchPlan
+    model: nn.Module
+    optimizer: Optimizer
+    routing: tuple[str, str]
+    scheduler: LambdaLR
+    loader: Iterable[dict[str, Tensor]]
+    state: AppState
+    device: torch.device
+    dtype: torch.dtype
+    flops_per_token: float
+    peak_flops: float | None
+
+
+@dataclass
+class Hooks:
+    """What the loop calls.
+
+    Attributes:
+        advance: After each step, with the number of steps done.
+        record: With each record of metrics.
+        validate: Runs a validation.
+        save: Saves a checkpoint of a step and returns its folder; None with checkpoints switched off.
+    """
+
+    advance: Callable[[int], None]
+    record: Callable[[Record], None]
+    validate: Callable[[], Validation]
+    save: Callable[[int], pathlib.Path] | None
+
+
+class Loop:
+    """Runs the steps that are left.
+
+    Args:
+        parts: What it works with.
+        hooks: What it calls.
+    """
+
+    def __init__(self, parts: Parts, hooks: Hooks) -> None:
+        self._parts, self._hooks = parts, hooks
+        self._batches = iter(parts.loader)
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=parts.device)
+        self._watch = _StopWatch(parts.state.progress["seconds"])
+        self._last = _Window(int(parts.state.progress["step"]), self._watch.seconds)
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: If a signal came; the state is saved then.
+            UserError: If the loss is not finite.
+        """
+        steps, every = self._parts.plan.steps, self._parts.config.checkpoint.every
+        step = int(self._parts.state.progress["step"])
+        with InterruptGuard() as guard:
+            self._watch.start()
+            while step < steps:
+                step += 1
+                self._step(step)
+                stop = guard.received is not None and step < steps
+                checkpoint = None
+                if self._hooks.save is not None and (stop or step == steps or step % every == 0):
+                    self._check_finite()
+                    self._watch.stop()
+                    self._parts.state.progress["seconds"] = self._watch.seconds
+                    checkpoint = self._hooks.save(step)
+                    self._watch.start()
+                if stop:
+                    assert guard.received is not None
+                    raise Interrupted(guard.received, step, checkpoint)
+
+    def _step(self, step: int) -> None:
+        parts, config = self._parts, self._parts.config
+        logs = step % config.log.every == 0 or step in (1, parts.plan.steps)
+        every = config.train.eval_every
+        evaluates = step == parts.plan.steps or (every > 0 and step % every == 0)
+        if logs:
+            synchronize(parts.device)
+        began = time.perf_counter()
+        loss, norm = self._forward_backward(step)
+        rates = learning_rates(parts.optimizer)
+        optimizer_s = self._update(timed=logs)
+        step_s = time.perf_counter() - began
+        tokens = step * parts.plan.tokens
+        parts.state.progress.update(step=step, tokens=tokens)
+        self._hooks.advance(step)
+        # on a CPU looking at the loss is free, on an accelerator it waits for the step
+        if logs or evaluates or parts.device.type == "cpu":
+            self._check_finite()
+        if not (logs or evaluates):
+            return
+        record: Record = {"step": step, "tokens": tokens, "seconds": round(self._watch.lap(), 6)}
+        if logs:
+            record.update(self._log(step, loss, norm))
+            record.update(rates)
+            record["optim/step_ms"] = optimizer_s * 1e3
+            record["optim/pct_of_step"] = 100.0 * optimizer_s / step_s
+        if evaluates:
+            self._watch.stop()
+            found = self._hooks.validate()
+            self._watch.start()
+            record[VALIDATION_LOSS] = found.loss
+            if found.bits_per_byte is not None:
+                record[BITS_PER_BYTE] = found.bits_per_byte
+        self._hooks.record(record)
+
+    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradients of a step; returns mean loss and gradient norm before clipping."""
+        parts, passes = self._parts, self._parts.plan.accumulation
+        total = torch.zeros((), device=parts.device)
+        for _ in range(passes):
+            began = time.perf_counter()
+            batch = next(self._batches)
+            self._last.loading += time.perf_counter() - began
+            input_ids = batch["input_ids"].to(parts.device, non_blocking=True)
+            labels = batch["labels"].to(parts.device, non_blocking=True)
+            with autocast(parts.device, parts.dtype):
+                loss = language_model_loss(parts.model, input_ids, labels) / passes
+            loss.backward()
+            total += loss.detach()
+        norm = self._clip()
+        bad = ~(torch.isfinite(total) & torch.isfinite(norm)) & (self._first_bad == 0)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        return total, norm
+
+    def _clip(self) -> Tensor:
+        parameters, limit = list(self._parts.model.parameters()), self._parts.config.optim.grad_clip
+        if limit > 0:
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _update(self, *, timed: bool) -> float:
+        """Step optimizer and schedule; returns the optimizer's seconds where they were asked for."""
+        parts = self._parts
+        if timed:
+            synchronize(parts.device)
+        began = time.perf_counter()
+        parts.optimizer.step()
+        if timed:
+            synchronize(parts.device)
+        seconds = time.perf_counter() - began
+        parts.optimizer.zero_grad(set_to_none=True)
+        parts.scheduler.step()
+        return seconds
+
+    def _log(self, step: int, loss: Tensor, norm: Tensor) -> Record:
+        parts, last = self._parts, self._last
+        seconds, steps = self._watch.seconds - last.seconds, step - last.step
+        speed = steps * parts.plan.tokens / seconds
+        record: Record = {
+            TRAIN_LOSS: loss.item(),
+            "grad_norm": norm.item(),
+            "throughput(tps)": speed,
+            "time_metrics/end_to_end(s)": seconds / steps,
+            "time_metrics/data_loading(s)": last.loading / steps,
+        }
+        memory = peak_memory_gib(parts.device)
+        if memory is not None:
+            record["memory/max_reserved(GiB)"] = memory
+        if parts.peak_flops is not None:
+            record["mfu(%)"] = 100.0 * speed * parts.flops_per_token / parts.peak_flops
+        self._last = _Window(step, self._watch.seconds)
+        return record
+
+    def _check_finite(self) -> None:
+        step = int(self._first_bad)
+        if step == 0:
+            return
+        lr = self._parts.config.optim.lr
+        saved = self._hooks.save is not None and step > self._parts.config.checkpoint.every
+        way = "go on from the last checkpoint with --resume auto" if saved else "start again"
+        raise UserError(
+            f"the loss or its gradient is not finite at step {step} with optim.lr {lr:g}: {way} and a lower rate, "
+            f"such as --optim.lr {lr / 3:.1g}; what was written up to then is kept."
+        )
+
+
+@dataclass
+class _Window:
+    """Where the present averages began: step, training seconds, and seconds spent loading since."""
+
+    step: int
+    seconds: float
+    loading: float = 0.0
+
+
+class _StopWatch:
+    """Training time: it stands still during validations and checkpoints."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._began = time.perf_counter()
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Bring ``seconds`` up to date, go on counting."""
+        now = time.perf_counter()
+        self.seconds += now - self._began
+        self._began = now
+        return self.seconds
+
+    stop = lap

@@ -1,0 +1,80 @@
+"""The optimizer that the ``optim`` section describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import distmuon
+from distmuon.pretrain.config import OptimConfig
+from distmuon.pretrain.errors import UserError
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Make the optimizer of a model.
+
+    Args:
+        model: The model, on its device.
+        config: The ``optim`` section.
+
+    Returns:
+        `distmuon.Muon`, or `torch.optim.AdamW` with the same learning rate, decay and betas.
+
+    Raises:
+        UserError: If the optimizer refuses its settings.
+    """
+    try:
+        return _muon(model, config) if config.name == "muon" else _adamw(model, config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the optimizer refuses the optim section: {error}") from error
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The present learning rate of each algorithm, named ``lr/muon`` and ``lr/adamw``."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates.setdefault("lr/muon" if group.get("use_muon") else "lr/adamw", float(group["lr"]))
+    return rates
+
+
+def routing(optimizer: Optimizer) -> tuple[str, str]:
+    """Which parameter is updated by what: one sentence, and a table with reasons and learning rates."""
+    if isinstance(optimizer, distmuon.Muon):
+        report = optimizer.report()
+        return report.summary, str(report)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    summary = f"adamw: {len(params)} parameters, {sum(param.numel() for param in params):,} elements"
+    return summary, summary
+
+
+def _muon(model: nn.Module, config: OptimConfig) -> Optimizer:
+    kwargs: dict[str, Any] = {}
+    if config.ns_coefficients is not None:
+        given = config.ns_coefficients
+        kwargs["ns_coefficients"] = given if isinstance(given, str) else tuple(given)
+    return distmuon.Muon(
+        model,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr_fn=config.adjust_lr_fn,
+        adamw_lr=config.adamw_lr,
+        adamw_betas=(config.betas[0], config.betas[1]),
+        adamw_eps=config.eps,
+        **kwargs,
+    )
+
+
+def _adamw(model: nn.Module, config: OptimConfig) -> Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
