@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distmuon.checkpoint import merge_groups, restore_momentum
-from distmuon.comm.layout import check_gradient, local_tensor
+from distmuon.comm.layout import check_gradient
 from distmuon.groups import (
     Group,
     Params,
@@ -25,8 +25,9 @@ from distmuon.groups import (
 from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.numerics.coefficients import Coefficients
 from distmuon.numerics.hardware import compute_dtype
-from distmuon.numerics.orthogonalize import orthogonalize
-from distmuon.numerics.update import all_zero, apply_direction, blend_momentum, lr_scale, resolve_lr_scale
+from distmuon.numerics.update import all_zero, lr_scale, resolve_lr_scale
+from distmuon.options import Options
+from distmuon.pipeline import Member, run_bucket
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.plan import Bucket, Plan, build_plan
 from distmuon.report import RoutingReport, RoutingRow
@@ -117,14 +118,10 @@ class Muon(Optimizer):
     ) -> None:
         if maximize:
             raise ValueError("maximize=True is not supported: negate the loss instead.")
-        if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={bucket_bytes}: give the bytes of at least one element.")
-        if compile and foreach is False:
-            raise ValueError("compile=True and foreach=False exclude each other: batches are what is compiled.")
-        self._options = _Options(
+        self._options = Options(
             adamw_lr=adamw_lr,
-            adamw_eps=adamw_eps,
             adamw_weight_decay=weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            adamw_eps=adamw_eps,
             momentum_dtype=momentum_dtype,
             ns_dtype=ns_dtype,
             foreach=foreach,
@@ -248,69 +245,29 @@ class Muon(Optimizer):
         super().__setstate__(state)
 
     def _step_bucket(self, group: Group, bucket: Bucket) -> None:
-        """Momentum, Newton-Schulz, decay and scaled step for matrices of one shape."""
         members = [
-            (group["params"][index], spec)
-            for index, spec in zip(bucket.members, bucket.specs, strict=True)
-            if group["params"][index].grad is not None
+            Member(param, self._muon_state(param)["momentum_buffer"], spec)
+            for param, spec in zip([group["params"][i] for i in bucket.members], bucket.specs, strict=True)
+            if param.grad is not None
         ]
-        if not members:
-            return
-        params, grads, buffers = [], [], []
-        for param, spec in members:
-            check_gradient(spec.parameter, param.grad)
-            params.append(local_tensor(spec.parameter, param))
-            grads.append(local_tensor(spec.parameter, param.grad))
-            buffers.append(local_tensor(spec.parameter, self._muon_state(param)["momentum_buffer"]))
-
-        batched = self._options.foreach is not False
-        # On a CPU foreach functions loop over the tensors, and cost a check more
-        foreach = batched and params[0].device.type != "cpu"
-        counts = [spec.count for _, spec in members]
-        stack = params[0].new_empty((sum(counts), bucket.rows, bucket.cols), dtype=self._options.ns_dtype)
-        blend_momentum(
-            grads,
-            buffers,
-            _per_parameter(stack, counts, params),
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            foreach=foreach,
-        )
-        directions = orthogonalize(
-            stack,
-            coefficients=group["ns_coefficients"],
-            steps=group["ns_steps"],
-            eps=group["eps"],
-            batched=batched,
-            compile=self._options.compile,
-        )
-        apply_direction(
-            params,
-            _per_parameter(directions, counts, params),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
-            foreach=foreach,
-        )
+        if members:
+            run_bucket(members, group, self._options)
 
     def _step_adamw(self, group: Group, label: str) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return
-        for name, param in zip(group_names(group, label), group["params"], strict=True):
-            if param.grad is not None:
-                check_gradient(name, param.grad)
-        adamw_update(
-            params,
-            [param.grad for param in params],
-            [self._adamw_state(param) for param in params],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            foreach=self._options.foreach,
-            fused=self._options.fused,
-        )
+        named = zip(group_names(group, label), group["params"], strict=True)
+        members = [(param, check_gradient(name, param.grad)) for name, param in named if param.grad is not None]
+        if members:
+            adamw_update(
+                [param for param, _ in members],
+                [grad for _, grad in members],
+                [self._adamw_state(param) for param, _ in members],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                foreach=self._options.foreach,
+                fused=self._options.fused,
+            )
 
     def _only_creates_state(self) -> bool:
         """Whether this step is the dummy one of DCP and TorchTitan: no rate, no gradient.
@@ -406,21 +363,6 @@ class Muon(Optimizer):
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What the whole optimizer, rather than a group, is set to."""
-
-    adamw_lr: float | Tensor | None
-    adamw_eps: float
-    adamw_weight_decay: float
-    momentum_dtype: torch.dtype | None
-    ns_dtype: torch.dtype
-    foreach: bool | None
-    fused: bool | None
-    compile: bool
-    bucket_bytes: int
-
-
-@dataclass(frozen=True)
 class _GroupPlan:
     """The plan of a group, and what it was made from."""
 
@@ -435,11 +377,6 @@ class _GroupPlan:
             and self.flatten == group["flatten"]
             and all(old is new for old, new in zip(self.params, group["params"], strict=True))
         )
-
-
-def _per_parameter(stack: Tensor, counts: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
-    """Views of ``stack``, ``(sum(counts), m, n)``, in the shape of each parameter."""
-    return [part.reshape(param.shape) for part, param in zip(stack.split(list(counts)), params, strict=True)]
 
 
 def _is_zero(lr: float | Tensor, *, read: bool) -> bool:

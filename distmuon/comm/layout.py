@@ -30,17 +30,19 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is quantized ({param.dtype}): {advice}.")
 
 
-def check_gradient(name: str, grad: Tensor) -> None:
-    """Refuse gradients that cannot be orthogonalized.
+def check_gradient(name: str, grad: Tensor | None) -> Tensor:
+    """The gradient, unless it is one that cannot be used.
 
     Raises:
         TypeError: for sparse gradients.
     """
+    assert grad is not None, "parameters without a gradient are left out before"
     if grad.layout is not torch.strided:
         raise TypeError(
             f"the gradient of {name!r} has the layout {grad.layout}: build the layer with sparse=False, or put "
             "the parameter in an optimizer made for sparse gradients."
         )
+    return grad
 
 
 def local_tensor(name: str, tensor: Tensor) -> Tensor:
