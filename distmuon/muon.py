@@ -326,7 +326,8 @@ class Muon(Optimizer):
 
     def _fill_defaults(self, group: Group, label: str) -> None:
         if not group["use_muon"]:
-            group.setdefault("lr", self._adamw_lr(label))
+            if "lr" not in group:
+                group["lr"] = self._adamw_lr(label)
             group.setdefault("weight_decay", self._options.adamw_weight_decay)
             group.setdefault("eps", self._options.adamw_eps)
         for key, value in self.defaults.items():

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a torch build without distributed has no sharded tensors either
-    DTensor = None  # type: ignore[assignment, misc]
+from torch import Tensor, nn
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -51,7 +46,11 @@ def local_tensor(name: str, tensor: Tensor) -> Tensor:
     Raises:
         NotImplementedError: for a DTensor of which this rank holds a part only.
     """
-    if DTensor is None or not isinstance(tensor, DTensor):
+    if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor  # slow to import, and most programs hold none
+
+    if not isinstance(tensor, DTensor):
         return tensor.detach()
     sharded = any(
         not placement.is_replicate() and tensor.device_mesh.size(axis) > 1
