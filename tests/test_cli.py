@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     flags = ["--config", str(config), "--train.steps", "400"]
     command = [sys.executable, "-m", "distmuon.pretrain", *flags]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -131,8 +132,10 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
         errors = process.stderr.read()
     assert process.returncode == 128 + signum
     resume = errors.splitlines()[-1]
-    assert resume.startswith("resume: python -m distmuon.pretrain --config ")
-    done = run(*resume.split()[4:], module="distmuon.pretrain")
+    assert resume.startswith(f"resume: {sys.executable} -m distmuon.pretrain --config ")
+    # it works from any folder, given that the package is installed
+    command = shlex.split(resume)[1:]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     assert run(*flags, "--log.name", "whole", module="distmuon.pretrain").returncode == 0
     assert losses(tmp_path / "runs" / "small") == losses(tmp_path / "runs" / "whole")

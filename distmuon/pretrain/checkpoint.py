@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -103,10 +104,10 @@ def save_checkpoint(folder: pathlib.Path, step: int, state: AppState, keep: int)
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, CheckpointException) as error:  # DCP wraps what its writers raise in the latter
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"the checkpoint {final} could not be written ({error.strerror or error}): free space or point "
+            f"the checkpoint {final} could not be written ({_reason(error)}): free space or point "
             "log.dir at another disk, and go on from the one before with --resume."
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
@@ -125,10 +126,9 @@ def load_checkpoint(path: pathlib.Path, state: AppState) -> None:
             dcp_load({"app": state}, checkpoint_id=path, no_dist=not dist.is_initialized())
     except UserError:
         raise
-    except Exception as error:  # DCP raises its own kinds for damage, plain ones for a misfit
-        reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; a misfit raises plain ones
         raise UserError(
-            f"the checkpoint {path} could not be loaded ({reason}): resume from an older one with "
+            f"the checkpoint {path} could not be loaded ({_reason(error)}): resume from an older one with "
             "--resume FOLDER, or start a new run."
         ) from error
 
@@ -173,6 +173,12 @@ def set_aside_newer(checkpoint: pathlib.Path) -> list[pathlib.Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a message: DCP's begin with a traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pathlib
 import shlex
 import sys
 import traceback
@@ -24,7 +25,7 @@ def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> in
 
     Args:
         arguments: Without the program's name.
-        prog: Name of the program, for the help and for the resume command.
+        prog: Name of the program, for the help.
 
     Returns:
         The exit code: 0, 1 for a user's error, 128 + signal for an interrupted run.
@@ -42,7 +43,7 @@ def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> in
     except Interrupted as stop:
         print(f"{stop}", file=sys.stderr)
         if stop.checkpoint is not None:
-            print(f"resume: {_resume_command(arguments, prog, str(stop.checkpoint.parent.parent))}", file=sys.stderr)
+            print(f"resume: {_resume_command(arguments, stop.checkpoint.parent.parent)}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("stopped by SIGINT before the first step or by a second Ctrl-C; nothing new is saved", file=sys.stderr)
@@ -61,17 +62,19 @@ def _set_up_logging(bar: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("distmuon")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    # the optimizer's own table of all parameters is in routing.txt
+    logger.setLevel(logging.WARNING)
     logger.propagate = False
-    # its table of all parameters is in routing.txt
-    logging.getLogger("distmuon.muon").setLevel(logging.WARNING)
+    logging.getLogger("distmuon.pretrain").setLevel(logging.INFO)
 
 
-def _resume_command(arguments: Sequence[str], prog: str, folder: str) -> str:
+def _resume_command(arguments: Sequence[str], folder: pathlib.Path) -> str:
+    """A command line that works from any folder and in a shell without this environment."""
     kept, skip = [], False
     for argument in arguments:
         if skip or argument == "--resume":
             skip = not skip
         elif not argument.startswith("--resume="):
             kept.append(argument)
-    return f"{prog} {shlex.join([*kept, '--resume', folder])}"
+    command = [sys.executable, "-m", "distmuon.pretrain", *kept, "--resume", str(folder.absolute())]
+    return shlex.join(command)

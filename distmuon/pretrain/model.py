@@ -51,8 +51,8 @@ def model_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> 
             kwargs[key] = max(context, sequence_length)
     try:
         return AutoConfig.for_model(config.type, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"transformers refuses model.config: {error}") from error
+    except Exception as error:  # transformers has several kinds for this
+        raise UserError(f"transformers refuses model.config: {_reason(error)}") from error
 
 
 def build_model(
@@ -82,12 +82,13 @@ def build_model(
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(f"transformers cannot make a {config.model_type} language model: {reason}") from error
+    except Exception as error:  # as above, and what sizes that do not fit raise in torch
+        raise UserError(f"transformers cannot make a {config.model_type} language model: {_reason(error)}") from error
     model.to(device).train()
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # later versions of transformers deprecate the second name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if compile:
         model.compile()
     return model
@@ -96,3 +97,9 @@ def build_model(
 def count_parameters(model: nn.Module) -> int:
     """Number of trained values; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _reason(error: Exception) -> str:
+    """The last line of a message, which names the cause where there are several."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

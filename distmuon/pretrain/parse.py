@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 
 from distmuon.pretrain.config import Config
 from distmuon.pretrain.errors import UserError
@@ -55,10 +55,11 @@ def parse_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> 
     if path is not None:
         _check_file(path)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
+        parsed = parser.parse_args(list(arguments))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_sentence(error)) from error
-    config = Config(**{section.name: getattr(parsed, section.name) for section in dataclasses.fields(Config)})
+    sections = typing.get_type_hints(Config).items()
+    config = Config(**{name: kind(**vars(getattr(parsed, name))) for name, kind in sections})
     if config.log.name is None:
         config.log.name = path.stem if path is not None else "run"
     return Command(config, parsed.resume, parsed.debug)
@@ -168,9 +169,6 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(map(_words, arguments))
     if typing.get_origin(kind) is list:
-        return f"a list of {_words(arguments[0])}s"
-    names = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+        return f"a list, each {_words(arguments[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(kind, str(kind))
-
-
-__all__ = ["Command", "Namespace", "build_parser", "load_config", "parse_command"]

@@ -66,7 +66,6 @@ def summarize(
     run_dir: pathlib.Path,
     optimizer: str,
     parameters: int,
-    seconds: float,
     checkpoint: pathlib.Path | None,
     sample: str | None,
 ) -> Summary:
@@ -78,8 +77,8 @@ def summarize(
         parameters=parameters,
         steps=last["step"],
         tokens=last["tokens"],
-        seconds=seconds,
-        tokens_per_second=last["tokens"] / seconds,
+        seconds=last["seconds"],
+        tokens_per_second=last["tokens"] / last["seconds"],
         train_loss=last[TRAIN_LOSS],
         validation_loss=last[VALIDATION_LOSS],
         bits_per_byte=last.get(BITS_PER_BYTE),

@@ -193,7 +193,6 @@ def _finish(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:
         run_dir=folder.path,
         optimizer=config.optim.name,
         parameters=count_parameters(parts.model),
-        seconds=parts.state.progress["seconds"],
         checkpoint=newest_checkpoint(folder.checkpoints),
         sample=sample,
     )

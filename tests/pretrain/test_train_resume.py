@@ -1,0 +1,183 @@
+"""A resumed run computes, bit for bit, what an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distmuon.pretrain import Interrupted, Summary, UserError, load_config, train
+from distmuon.pretrain.checkpoint import list_checkpoints, newest_checkpoint
+from distmuon.pretrain.metrics import MetricsFile, read_metrics
+from distmuon.pretrain.progress import Silent
+
+Tiny = Callable[..., Path]
+COMPUTED = ("loss_metrics/global_avg_loss", "grad_norm", "lr/muon", "lr/adamw", "validation/loss")
+
+
+class StopAt(Silent):
+    """A display that sends a signal to its own process after a step."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        self._step, self._signum = step, signum
+
+    def advance(self, step: int) -> None:
+        if step == self._step:
+            signal.raise_signal(self._signum)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGTERM) -> None:
+    monkeypatch.setattr("distmuon.pretrain.run.open_display", lambda *a, **k: StopAt(step, signum))
+
+
+def computed(run: str | Path) -> list[dict[str, Any]]:
+    records = read_metrics(Path(run) / "metrics.jsonl")
+    return [{key: record.get(key) for key in ("step", "tokens", *COMPUTED)} for record in records]
+
+
+def run_in_two(path: Path, monkeypatch: pytest.MonkeyPatch, step: int, *flags: str) -> Summary:
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted):
+            train(load_config(path, *flags))
+    return train(load_config(path, *flags), resume="auto")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resume_is_exact_over_the_end_of_an_epoch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    flags = (f"--optim.name={optimizer}",)
+    whole = train(load_config(tiny("whole"), *flags))
+    # 133 samples, 8 a step: step 17 crosses the end of the first epoch
+    parts = run_in_two(tiny("parts"), monkeypatch, 11, *flags)
+    assert computed(parts.run_dir) == computed(whole.run_dir)
+    assert [record["step"] for record in computed(parts.run_dir)] == list(range(1, 21))
+    assert parts.validation_loss == whole.validation_loss
+    assert parts.validation_curve == whole.validation_curve
+
+
+def test_resume_is_exact_with_dropout_and_accumulation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"model__attention_dropout": 0.3, "train__device_batch": 4}
+    whole = train(load_config(tiny("whole", **changes)))
+    parts = run_in_two(tiny("parts", **changes), monkeypatch, 7)
+    assert computed(parts.run_dir) == computed(whole.run_dir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_at_the_end_of_the_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    before = signal.getsignal(signum)
+    stop_at(monkeypatch, 3, signum)
+    with pytest.raises(Interrupted) as stop:
+        train(load_config(tiny()))
+    assert (stop.value.signum, stop.value.step) == (signum, 3)
+    assert stop.value.checkpoint is not None
+    assert stop.value.checkpoint.name == "step-3"
+    assert signal.getsignal(signum) is before
+
+
+def test_without_checkpoints_a_signal_says_that_nothing_is_saved(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted, match="nothing is saved"):
+        train(load_config(tiny(checkpoint__every=0)))
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+
+
+def test_resume_from_an_older_checkpoint_sets_newer_ones_aside(tiny: Tiny) -> None:
+    path = tiny(checkpoint__keep=10)
+    whole = train(load_config(path))
+    before = computed(whole.run_dir)
+    folder = Path(whole.run_dir) / "checkpoints"
+    assert [found.name for found in list_checkpoints(folder)] == ["step-6", "step-12", "step-18", "step-20"]
+    again = train(load_config(path), resume=str(folder / "step-12"))
+    assert Path(again.run_dir) == Path(whole.run_dir).resolve()
+    assert computed(again.run_dir) == before
+    assert (folder / "step-18.superseded").is_dir()
+    assert (folder / "step-18").is_dir()
+
+
+def test_a_lower_learning_rate_counts_after_a_resume(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny()
+    stop_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        train(load_config(path))
+    monkeypatch.undo()
+    summary = train(load_config(path, "--optim.lr=1e-3", "--optim.schedule=constant"), resume="auto")
+    rates = {record["step"]: record["lr/muon"] for record in computed(summary.run_dir)}
+    assert (rates[8], rates[9], rates[20]) == (3e-3, 1e-3, 1e-3)
+    assert "optim.lr 0.003 -> 0.001" in caplog.text
+
+
+def test_auto_skips_what_was_not_written_to_its_end(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    summary = train(load_config(tiny(checkpoint__keep=10)))
+    folder = Path(summary.run_dir) / "checkpoints"
+    (folder / "step-20" / ".metadata").unlink()
+    shutil.copytree(folder / "step-18", folder / ".writing-step-19")
+    assert newest_checkpoint(folder) == folder / "step-18"
+    assert "skipping" in caplog.text
+    assert "step-20" in caplog.text
+    assert ".writing-step-19" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_a_sentence(tiny: Tiny) -> None:
+    path = tiny()
+    summary = train(load_config(path))
+    for file in Path(summary.checkpoint or "").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"step-20 could not be loaded .* --resume FOLDER"):
+        train(load_config(path, "--train.steps=30"), resume="auto")
+
+
+def test_only_the_newest_checkpoints_stay(tiny: Tiny) -> None:
+    summary = train(load_config(tiny(checkpoint__keep=1)))
+    assert [found.name for found in (Path(summary.run_dir) / "checkpoints").iterdir()] == ["step-20"]
+    assert summary.checkpoint is not None
+    assert Path(summary.checkpoint).name == "step-20"
+
+
+def test_resuming_a_finished_run_says_so(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="distmuon.pretrain")
+    summary = train(load_config(tiny()))
+    again = train(load_config(tiny()), resume="auto")
+    assert "is finished" in caplog.text
+    assert again.validation_loss == summary.validation_loss
+    assert again.validation_curve == summary.validation_curve
+
+
+def test_a_finished_run_can_be_made_longer(tiny: Tiny) -> None:
+    path = tiny(optim__schedule="constant")
+    train(load_config(path))
+    longer = train(load_config(path, "--train.steps=24"), resume="auto")
+    whole = train(load_config(tiny("whole", optim__schedule="constant", train__steps=24)))
+    # the shorter run ended with a validation of its own
+    losses = [{**record, "validation/loss": None} for record in computed(longer.run_dir)]
+    assert losses == [{**record, "validation/loss": None} for record in computed(whole.run_dir)]
+    assert longer.validation_loss == whole.validation_loss
+
+
+def test_auto_without_a_checkpoint_starts_anew(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="distmuon.pretrain")
+    assert train(load_config(tiny(train__steps=2)), resume="auto").steps == 2
+    assert "found no checkpoint" in caplog.text
+
+
+def test_a_path_without_a_checkpoint_is_a_sentence(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        train(load_config(tiny()), resume=str(tmp_path))
+
+
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in range(1, 6)]
+    path.write_text("\n".join([*lines, '{"step": 6, "lo']), encoding="utf-8")
+    with MetricsFile(path, after_step=3) as metrics:
+        metrics.write({"step": 4, "new": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "new": True}]
