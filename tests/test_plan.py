@@ -5,12 +5,8 @@ from hypothesis import strategies as st
 from distmuon.plan.matrices import MatrixSpec, matrix_spec
 from distmuon.plan.plan import build_plan
 
-specs = st.lists(
-    st.builds(
-        MatrixSpec, parameter=st.text(max_size=3), count=st.integers(1, 4), rows=st.integers(1, 4), cols=st.integers(1, 4)
-    ),
-    max_size=20,
-)
+few = st.integers(1, 4)
+specs = st.lists(st.builds(MatrixSpec, parameter=st.text(max_size=3), count=few, rows=few, cols=few), max_size=20)
 
 
 @given(specs=specs, kinds=st.data(), bucket_numel=st.integers(1, 200))

@@ -168,7 +168,7 @@ def test_glob_errors(kwargs, message):
 def test_unknown_matrix_axes_are_an_error():
     module = nn.Module()
     module.weights = nn.Parameter(torch.randn(2, 3, 4, 5))
-    with pytest.raises(ValueError, match="'weights' has shape .* matrix axes are not known"):
+    with pytest.raises(ValueError, match=r"'weights' has shape .* matrix axes are not known"):
         route_module(module)
 
 
