@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -44,13 +46,22 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+@functools.cache
+def cpu_cache_bytes() -> int:
+    """Size of a core's second-level cache, 1 MiB where torch does not tell."""
+    return int(_cpu_capabilities().get("l2_cache_size") or 1 << 20)
+
+
 def _cpu_has_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch >= 2.10
-    if capabilities is not None:
-        found = capabilities()
-        return any(found.get(flag, False) for flag in _CPU_FLAGS) or bool(found.get("bf16", False))
+    capabilities = _cpu_capabilities()
+    if capabilities:
+        return any(capabilities.get(flag, False) for flag in (*_CPU_FLAGS, "bf16"))
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    words = set(cpuinfo.read_text().split())
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return any(flag in words for flag in (*_CPU_FLAGS, "bf16"))
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of this CPU; empty with versions that do not tell."""
+    known = getattr(torch.cpu, "get_capabilities", None)
+    return known() if known is not None else {}

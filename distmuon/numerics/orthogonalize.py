@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from distmuon.numerics.coefficients import Coefficients, Stage, resolve_stages
-from distmuon.numerics.hardware import compute_dtype
+from distmuon.numerics.hardware import compute_dtype, cpu_cache_bytes
 
-# Batches past this many elements leave the CPU's cache and lose more than they gain
-_CPU_BATCH_ELEMENTS = 1 << 20
-# Elsewhere a batch is bounded for memory only: a float32 copy and three Gram matrices are held beside it
+# On an accelerator a batch is bounded for memory only: a float32 copy and Gram matrices are held beside it
 _DEVICE_BATCH_ELEMENTS = 1 << 28
 
 
@@ -67,7 +65,8 @@ def orthogonalize(
         return _one_by_one(matrices, stages, eps, dtype).reshape(x.shape)
     iterate = _compiled_iterate() if compile else iterate_batch
     out = torch.empty(matrices.shape, dtype=dtype, device=x.device)
-    for source, target in zip(_chunks(matrices), _chunks(out), strict=True):
+    size = _batch_size(out[0])
+    for source, target in zip(matrices.split(size), out.split(size), strict=True):
         target.copy_(iterate(normalize(source.to(dtype), eps), stages))
     return out.view(x.shape)
 
@@ -147,10 +146,14 @@ def _one_by_one(matrices: Tensor, stages: Sequence[Stage], eps: float, dtype: to
     return wide.mT if tall else wide
 
 
-def _chunks(matrices: Tensor) -> Iterator[Tensor]:
-    """Batches of a size that depends on the shape of a matrix alone."""
-    bound = _CPU_BATCH_ELEMENTS if matrices.device.type == "cpu" else _DEVICE_BATCH_ELEMENTS
-    return iter(matrices.split(max(1, bound // matrices[0].numel())))
+def _batch_size(matrix: Tensor) -> int:
+    """How many matrices like this one are multiplied together, by its shape, dtype and device alone."""
+    if matrix.device.type != "cpu":
+        return max(1, _DEVICE_BATCH_ELEMENTS // matrix.numel())
+    # One matrix a thread at least, and more only while each thread's share stays in its cache
+    threads = torch.get_num_threads()
+    matrix_bytes = matrix.numel() * compute_dtype(matrix.dtype, matrix.device).itemsize
+    return threads * max(1, cpu_cache_bytes() // matrix_bytes)
 
 
 @functools.cache
