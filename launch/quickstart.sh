@@ -32,4 +32,6 @@ CONFIG="${CONFIG:-$ROOT/configs/debug.yaml}"
 # setup_venv changes to the checkout, and CONFIG is relative to where the caller is
 [[ "$CONFIG" == /* ]] || CONFIG="$PWD/$CONFIG"
 setup_venv pretrain
+# idle threads sleep instead of spin: on busy cores spinning was seen to make steps 15 times longer
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec python -m distmuon.pretrain --config "$CONFIG" "$@"

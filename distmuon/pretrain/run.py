@@ -198,8 +198,7 @@ def _finish(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:
     )
     summary.save(folder.summary)
     if config.log.plot:
-        millions = summary.parameters / 1e6
-        title = f"{folder.path.name}: {config.model.type}, {millions:.1f} M parameters, {config.optim.name}"
+        title = f"{folder.path.name}: {config.model.type}, {summary.parameters:,} parameters, {config.optim.name}"
         plot_loss(records, folder.path / "loss.png", title)
     bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.3f} bits/byte"
     logger.info(
