@@ -7,21 +7,28 @@ On the command line ``python -m distmuon.pretrain --config configs/debug.yaml``;
     summary = train(load_config("configs/debug.yaml", "--optim.lr=0.001"))
 """
 
-from distmuon.pretrain.config import (
-    CheckpointConfig,
-    Config,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-)
-from distmuon.pretrain.data import DataConfig
-from distmuon.pretrain.errors import UserError
-from distmuon.pretrain.interrupt import Interrupted
-from distmuon.pretrain.parse import load_config
-from distmuon.pretrain.report import Summary
-from distmuon.pretrain.run import train
+try:
+    from distmuon.pretrain.config import (
+        CheckpointConfig,
+        Config,
+        LogConfig,
+        ModelConfig,
+        OptimConfig,
+        ParallelConfig,
+        TrainConfig,
+    )
+    from distmuon.pretrain.data import DataConfig
+    from distmuon.pretrain.errors import UserError
+    from distmuon.pretrain.interrupt import Interrupted
+    from distmuon.pretrain.parse import load_config
+    from distmuon.pretrain.report import Summary
+    from distmuon.pretrain.run import train
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("distmuon"):
+        raise
+    raise ModuleNotFoundError(
+        f"distmuon.pretrain needs the package {error.name}: pip install 'distmuon[pretrain]'", name=error.name
+    ) from error
 
 __all__ = [
     "CheckpointConfig",

@@ -68,6 +68,13 @@ def test_resume_is_exact_with_dropout_and_accumulation(tiny: Tiny, monkeypatch: 
     assert computed(parts.run_dir) == computed(whole.run_dir)
 
 
+def test_resume_is_exact_with_tied_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"model__tie_word_embeddings": True}
+    whole = train(load_config(tiny("whole", **changes)))
+    parts = run_in_two(tiny("parts", **changes), monkeypatch, 7)
+    assert computed(parts.run_dir) == computed(whole.run_dir)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_end_of_the_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
     before = signal.getsignal(signum)

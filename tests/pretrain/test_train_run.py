@@ -106,6 +106,17 @@ def test_activation_checkpointing_changes_nothing(tiny: Tiny) -> None:
     torch.testing.assert_close(losses(checkpointed), losses(plain), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiling_changes_nothing_but_rounding(tiny: Tiny) -> None:
+    changes = {"train__steps": 7}
+    plain = train(load_config(tiny("plain", **changes)))
+    # the checkpoint of a compiled model has the names of a plain one
+    compiled = train(load_config(tiny("compiled", train__compile=True, **changes), "--train.steps=6"))
+    torch.testing.assert_close(losses(compiled)[:4], losses(plain)[:4], rtol=1e-4, atol=1e-4)
+    longer = train(load_config(tiny("compiled", **changes)), resume="auto")
+    torch.testing.assert_close(losses(longer)[-1], losses(plain)[-1], rtol=2e-2, atol=2e-2)
+
+
 def test_bfloat16_runs_near_float32(tiny: Tiny) -> None:
     changes = {"train__steps": 4, "checkpoint__every": 0}
     exact = train(load_config(tiny("exact", **changes)))
