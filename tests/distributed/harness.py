@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,11 @@ class Pool:
     The processes start at the first call. A call that fails ends them, since a gloo group is of no use after a failed
     collective; the next call starts new ones. Every call begins with `torch.manual_seed(0)`. Other global state of a
     rank lives on: groups and meshes that functions make should be kept by the function's module, not made per call.
+
+        @pytest.fixture(scope="module")
+        def pool():
+            with Pool(2) as pool:
+                yield pool
 
     Args:
         world_size: the number of processes.
@@ -199,32 +205,26 @@ class Pool:
             raise _error(f"the group of {self.world_size} ranks did not start", dict(enumerate(replies)))
 
     def _collect(self, what: str, timeout: float, grace: float | None) -> list[_Reply]:
-        """One reply of each rank; `grace` seconds after a failure, or at the time-out, the error has the stacks."""
+        """One reply of each rank; at the time-out, or `grace` seconds after a failure, an error that has the stacks."""
         __tracebackhide__ = True
-        deadline, limit = time.monotonic() + timeout, f"{timeout:g} s"
-        timed_out = True
+        deadline, limit, timed_out = time.monotonic() + timeout, f"within {timeout:g} s", True
         replies: dict[int, _Reply] = {}
-        while len(replies) < self.world_size:
-            waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in replies}
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                break
-            ready = wait(list(waiting), min(remaining, 0.2))
-            for connection, rank in waiting.items():
+        while len(replies) < self.world_size and (remaining := deadline - time.monotonic()) > 0:
+            waiting = {rank: c for rank, c in enumerate(self._connections) if rank not in replies}
+            ready = wait(list(waiting.values()), min(remaining, 0.2))
+            for rank, connection in waiting.items():
                 if connection in ready:
                     replies[rank] = self._receive(rank)
                 elif self._processes[rank].exitcode is not None and not connection.poll():
                     # A forked child of the rank holds the other end open
                     replies[rank] = self._exited(rank)
             if grace is not None and timed_out and any(reply.error is not None for reply in replies.values()):
-                if time.monotonic() + grace < deadline:
-                    deadline, limit = time.monotonic() + grace, f"{grace:g} s after another rank failed"
-                timed_out = False
+                deadline, limit, timed_out = time.monotonic() + grace, f"{grace:g} s after another rank failed", False
         if len(replies) == self.world_size:
             return [replies[rank] for rank in range(self.world_size)]
         stacks = self._stacks([rank for rank in range(self.world_size) if rank not in replies])
-        names = ", ".join(str(rank) for rank in stacks)
-        headline = f"{what}: of {self.world_size} ranks, {names} had not finished within {limit}"
+        running = ", ".join(str(rank) for rank in stacks)
+        headline = f"{what}: of {self.world_size} ranks, {running} had not finished {limit}"
         raise _error(headline, replies, stacks, timed_out)
 
     def _receive(self, rank: int) -> _Reply:
@@ -244,10 +244,10 @@ class Pool:
             if self._processes[rank].exitcode is None:
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         texts = dict.fromkeys(ranks, "")
-        for _ in range(20):
+        for _ in range(50):
             time.sleep(0.1)
             before = texts
-            texts = {rank: _read(_stack_file(self._folder, rank)) for rank in ranks}
+            texts = {rank: _read_stacks(_stack_file(self._folder, rank)) for rank in ranks}
             if texts == before and all(texts.values()):
                 break
         return {rank: text or "(no stack: the process did not answer the signal)" for rank, text in texts.items()}
@@ -292,7 +292,7 @@ def _error(
 def _serve(rank: int, world_size: int, port: int, folder: Path, connection: Connection) -> None:
     """The life of one rank: form the group, then answer calls until an empty request."""
     os.setsid()
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(folder,), daemon=True).start()
     stack_file = _stack_file(folder, rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -335,11 +335,12 @@ def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         return pickle.dumps((None, f"{type(error).__name__}: {error}", text))
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(folder: Path) -> None:
     """A parent that was killed cannot clean up, so the ranks watch it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -353,8 +354,12 @@ def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}.txt"
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _read_stacks(path: Path) -> str:
+    """What faulthandler wrote, without the frames of this file and what called them."""
+    text = path.read_text() if path.exists() else ""
+    threads = [thread.splitlines() for thread in text.split("\n\n") if _die_with_parent.__name__ not in thread]
+    own = f'"{__file__}"'
+    return "\n".join(line for lines in threads for line in takewhile(lambda line: own not in line, lines))
 
 
 def _name(function: Callable[..., Any]) -> str:
