@@ -15,7 +15,7 @@ class BatchPlan:
 
     Attributes:
         sequences: Sequences of one step, over all devices.
-        device_batch: Sequences of one forward pass on one device.
+        device_batch: Sequences of one forward pass on one device; at most ``train.device_batch``.
         accumulation: Forward passes of one device in a step.
         tokens: Tokens of one step, over all devices.
         steps: Steps of the whole run.
@@ -40,7 +40,9 @@ def plan_batches(config: TrainConfig, sequence_length: int, data_ranks: int = 1)
         UserError: If the global batch is not a whole number of forward passes, with numbers that fit.
     """
     total = config.global_batch_tokens
-    one_pass = config.device_batch * sequence_length * data_ranks
+    share = total // (sequence_length * data_ranks)
+    device_batch = min(config.device_batch, share) or config.device_batch
+    one_pass = device_batch * sequence_length * data_ranks
     if total % one_pass:
         raise UserError(_misfit(config, sequence_length, data_ranks, one_pass))
     if config.steps is not None:
@@ -54,7 +56,7 @@ def plan_batches(config: TrainConfig, sequence_length: int, data_ranks: int = 1)
                 f"train on at least {total} tokens."
             )
     sequences = total // sequence_length
-    return BatchPlan(sequences, config.device_batch, total // one_pass, total, steps)
+    return BatchPlan(sequences, device_batch, total // one_pass, total, steps)
 
 
 def _misfit(config: TrainConfig, sequence_length: int, data_ranks: int, one_pass: int) -> str:

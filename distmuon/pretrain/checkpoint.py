@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.processes import agreed, gather, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,10 @@ _TEMPORARY = ".writing-"
 class AppState(Stateful):
     """All that a run needs to go on: model, optimizer, schedule, position and random numbers.
 
+    Names and values do not depend on how many ranks there are, but for the random numbers, which are those of each.
+
     Args:
-        model: The model.
+        model: The model in its layout, not its DDP wrapper.
         optimizer: Its optimizer.
         scheduler: Its learning rate schedule.
         loader: The training data; anything with ``state_dict`` and ``load_state_dict``.
@@ -60,8 +63,8 @@ class AppState(Stateful):
             "model": model,
             "optimizer": optimizer,
             "lr_scheduler": {"last_epoch": self._scheduler.last_epoch},
-            "train_state": {**self.progress, "rng": _random_state(self._device)},
-            # one value, as the loader's keys are its own business
+            # one value each, as their keys are not those of another layout
+            "train_state": {**self.progress, "rng": pickle.dumps(gather(_random_state(self._device)))},
             "dataloader": pickle.dumps(self._loader.state_dict()),
         }
 
@@ -83,7 +86,10 @@ class AppState(Stateful):
         # this step computes the learning rates of the schedule at `step`
         self._scheduler.step()
         train_state = dict(state_dict["train_state"])
-        _set_random_state(train_state.pop("rng"), self._device)
+        states = pickle.loads(train_state.pop("rng"))
+        # another number of ranks has no random numbers to go on with, and keeps those it was seeded with
+        if len(states) == world_size():
+            _set_random_state(states[rank()], self._device)
         self.progress.update(train_state)
         self._loader.load_state_dict(pickle.loads(state_dict["dataloader"]))
 
@@ -91,46 +97,47 @@ class AppState(Stateful):
 def save_checkpoint(folder: pathlib.Path, step: int, state: AppState, keep: int) -> pathlib.Path:
     """Write ``folder/step-N`` under a temporary name, rename it, and drop all but the newest ``keep``.
 
+    All ranks have to call it; each writes its part, and rank 0 does the rest.
+
     Raises:
-        UserError: If the disk refuses it; older checkpoints are still there then.
+        UserError: On all ranks if the disk refuses it on one; older checkpoints are still there then.
     """
     final, temporary = folder / f"step-{step}", folder / f"{_TEMPORARY}step-{step}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            dcp_save({"app": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(folder)
-    except (OSError, CheckpointException) as error:  # DCP wraps what its writers raise in the latter
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"the checkpoint {final} could not be written ({_reason(error)}): free space or point "
-            "log.dir at another disk, and go on from the one before with --resume."
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with _writes(final, temporary):
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+    with _writes(final, temporary), _quiet():
+        dcp_save({"app": state}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    with _writes(final, temporary):
+        if rank() == 0:
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync(folder)
+    if rank() == 0:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def load_checkpoint(path: pathlib.Path, state: AppState) -> None:
-    """Load a ``step-N`` folder into the run.
+    """Load a ``step-N`` folder, of this layout or another, into the run; all ranks have to call it.
 
     Raises:
-        UserError: If it cannot be read or does not fit the model and optimizer.
+        UserError: On all ranks, if it cannot be read or does not fit the model and optimizer.
     """
-    try:
-        with _quiet():
-            dcp_load({"app": state}, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except UserError:
-        raise
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; a misfit raises plain ones
-        raise UserError(
-            f"the checkpoint {path} could not be loaded ({_reason(error)}): resume from an older one with "
-            "--resume FOLDER, or start a new run."
-        ) from error
+    with agreed():
+        try:
+            with _quiet():
+                dcp_load({"app": state}, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except UserError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is no Exception; a misfit raises plain ones
+            raise UserError(
+                f"the checkpoint {path} could not be loaded ({_reason(error)}): resume from an older one with "
+                "--resume FOLDER, or start a new run."
+            ) from error
 
 
 def list_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -173,6 +180,24 @@ def set_aside_newer(checkpoint: pathlib.Path) -> list[pathlib.Path]:
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
+
+
+@contextlib.contextmanager
+def _writes(final: pathlib.Path, temporary: pathlib.Path) -> Iterator[None]:
+    """A part of writing a checkpoint, which fails on all ranks or on none."""
+    try:
+        with agreed():
+            try:
+                yield
+            except (OSError, CheckpointException) as error:  # DCP wraps what its writers raise in the latter
+                raise UserError(
+                    f"the checkpoint {final} could not be written ({_reason(error)}): free space or point "
+                    "log.dir at another disk, and go on from the one before with --resume."
+                ) from error
+    except UserError:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _reason(error: BaseException) -> str:

@@ -73,11 +73,12 @@ class TrainConfig:
         tokens: Tokens to train on; rounded down to whole steps.
         steps: Optimizer steps to take.
         global_batch_tokens: Tokens in one optimizer step, over all devices.
-        device_batch: Sequences in one forward pass of one device; the rest is gradient accumulation.
+        device_batch: Sequences in one forward pass of one device, or fewer where a device's part of the global
+            batch has fewer; the rest is gradient accumulation.
         dtype: auto: bfloat16 autocast where the device multiplies it natively, else float32.
             Parameters and optimizer state are float32 always.
-        device: auto, cpu, cuda, cuda:1, mps, ...
-        compile: Compile the model with torch.compile.
+        device: auto, cpu, cuda, cuda:1, mps, ...; under torchrun each process takes the cuda device of its number.
+        compile: Compile the model with torch.compile; block by block where it is sharded.
         activation_checkpointing: Recompute activations in the backward pass to save memory.
         deterministic: Ask torch for deterministic kernels; slower on CUDA, no change on a CPU.
         seed: Seed of the weights, of dropout and of the sample.
@@ -110,9 +111,10 @@ class ParallelConfig:
     """How the processes of a run are arranged; the product is the number of processes.
 
     Attributes:
-        dp_replicate: Copies of the model; -1: whatever is left.
-        dp_shard: Processes that share one copy's parameters; -1: whatever is left.
-        tp: Processes that share each matrix product; -1: whatever is left.
+        dp_replicate: Copies of the model (DDP, or HSDP with the others); -1: whatever is left.
+        dp_shard: Processes that share one copy's parameters, gradients and optimizer state (FSDP2); -1: whatever is
+            left.
+        tp: Processes that share each matrix product (tensor parallelism); -1: whatever is left.
     """
 
     dp_replicate: int = 1
@@ -128,6 +130,7 @@ class LogConfig:
         dir: Folder of the run folders.
         name: Name of the run folder; null: that of the config file.
         every: Steps between lines of metrics.
+        step_stats: Measure the phases of Muon's step and log them (optim/wire_ms, optim/bytes_sent, ...).
         tensorboard: Write TensorBoard events into the run folder too.
         progress: bar, lines or off; auto: a bar on a terminal, else lines.
         plot: Draw loss.png at the end.
@@ -136,6 +139,7 @@ class LogConfig:
     dir: str = "runs"
     name: str | None = None
     every: int = 10
+    step_stats: bool = False
     tensorboard: bool = False
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
     plot: bool = True

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake raises."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the value found, what was wanted and the way out; a program prints it without a
     traceback.
     """
+
+
+class AgreedError(UserError):
+    """A `UserError` that every process of the run raises, so that one of them need print it."""

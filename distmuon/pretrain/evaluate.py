@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distmuon.pretrain.precision import autocast
+from distmuon.pretrain.processes import total
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Validation:
     Attributes:
         loss: Mean cross entropy, nats a token.
         bits_per_byte: The same in bits a byte of text, comparable between tokenizers; None where it is not known.
-        tokens: Number of predicted tokens.
+        tokens: Number of predicted tokens, over all ranks.
     """
 
     loss: float
@@ -51,15 +52,17 @@ def evaluate(
     bytes_per_token: float | None,
     device: torch.device,
     dtype: torch.dtype,
+    copies: int = 1,
 ) -> Validation:
-    """Mean loss over the batches, the model in eval mode for the while.
+    """Mean loss over the batches of all ranks, the model in eval mode for the while.
 
     Args:
-        model: A causal language model of transformers.
-        batches: Dicts of input_ids and labels, int64 ``(batch, tokens)``.
+        model: A causal language model of transformers; not its DDP wrapper.
+        batches: Dicts of input_ids and labels, int64 ``(batch, tokens)``, as many on each rank.
         bytes_per_token: Mean length of a validation token in bytes of UTF-8 text; None: not known.
         device: The model's device.
         dtype: Of the forward pass.
+        copies: Ranks that are given the same batches, as those of a tensor parallel group are.
     """
     was_training = model.training
     model.eval()
@@ -71,6 +74,7 @@ def evaluate(
             losses.append(language_model_loss(model, input_ids, labels) * labels.numel())
         count += labels.numel()
     model.train(was_training)
-    mean = sum(torch.stack(losses).tolist()) / count
+    summed, count_all = total([sum(torch.stack(losses).tolist()), count])
+    mean = summed / count_all
     bits = None if bytes_per_token is None else mean / math.log(2) / bytes_per_token
-    return Validation(mean, bits, count)
+    return Validation(mean, bits, int(count_all) // copies)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+import distmuon
 from distmuon.pretrain.batch import BatchPlan
 from distmuon.pretrain.checkpoint import AppState
 from distmuon.pretrain.config import Config
-from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.errors import AgreedError
 from distmuon.pretrain.evaluate import Validation, language_model_loss
 from distmuon.pretrain.interrupt import Interrupted, InterruptGuard
 from distmuon.pretrain.memory import peak_memory_gib
 from distmuon.pretrain.metrics import Record
-from distmuon.pretrain.optimizer import learning_rates
+from distmuon.pretrain.optimizer import learning_rates, step_stats
+from distmuon.pretrain.parallel import Layout
 from distmuon.pretrain.precision import autocast, synchronize
+from distmuon.pretrain.processes import average_, largest
 from distmuon.pretrain.report import BITS_PER_BYTE, TRAIN_LOSS, VALIDATION_LOSS
+from distmuon.pretrain.sharding import Placed, settle_gradients
 
 
 @dataclass
@@ -32,11 +37,12 @@ class Parts:
     Attributes:
         config: All settings.
         plan: Sizes of a step.
-        model: The model, in training mode on ``device``.
+        layout: Arrangement of the processes.
+        placed: The model, in training mode on ``device``.
         optimizer: Its optimizer.
         routing: What it does to which parameter, as a sentence and a table.
         scheduler: Its learning rates.
-        loader: Endless training batches of ``device_batch`` sequences.
+        loader: This rank's endless training batches of ``device_batch`` sequences.
         state: What checkpoints hold; its ``progress`` says where to start.
         device: Of the model.
         dtype: Of the forward pass.
@@ -46,7 +52,8 @@ class Parts:
 
     config: Config
     plan: BatchPlan
-    model: nn.Module
+    layout: Layout
+    placed: Placed
     optimizer: Optimizer
     routing: tuple[str, str]
     scheduler: LambdaLR
@@ -60,11 +67,11 @@ class Parts:
 
 @dataclass
 class Hooks:
-    """What the loop calls.
+    """What the loop calls, on every rank.
 
     Attributes:
         advance: After each step, with the number of steps done.
-        record: With each record of metrics.
+        record: With each record of metrics, the same on all ranks but for times and memory.
         validate: Runs a validation.
         save: Saves a checkpoint of a step and returns its folder; None with checkpoints switched off.
     """
@@ -95,7 +102,7 @@ class Loop:
 
         Raises:
             Interrupted: If a signal came; the state is saved then.
-            UserError: If the loss is not finite.
+            AgreedError: If the loss is not finite.
         """
         steps, every = self._parts.plan.steps, self._parts.config.checkpoint.every
         step = int(self._parts.state.progress["step"])
@@ -104,7 +111,9 @@ class Loop:
             while step < steps:
                 step += 1
                 self._step(step)
-                stop = guard.received is not None and step < steps
+                # one rank's signal stops all at the same step
+                signum = largest(guard.received or 0)
+                stop = signum > 0 and step < steps
                 checkpoint = None
                 if self._hooks.save is not None and (stop or step == steps or step % every == 0):
                     self._check_finite()
@@ -113,8 +122,7 @@ class Loop:
                     checkpoint = self._hooks.save(step)
                     self._watch.start()
                 if stop:
-                    assert guard.received is not None
-                    raise Interrupted(guard.received, step, checkpoint)
+                    raise Interrupted(signum, step, checkpoint)
 
     def _step(self, step: int) -> None:
         parts, config = self._parts, self._parts.config
@@ -142,6 +150,7 @@ class Loop:
             record.update(rates)
             record["optim/step_ms"] = optimizer_s * 1e3
             record["optim/pct_of_step"] = 100.0 * optimizer_s / step_s
+            record.update(step_stats(parts.optimizer))
         if evaluates:
             self._watch.stop()
             found = self._hooks.validate()
@@ -152,29 +161,30 @@ class Loop:
         self._hooks.record(record)
 
     def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of a step; returns mean loss and gradient norm before clipping."""
+        """Accumulate the gradients of a step; returns loss and gradient norm before clipping, of all ranks."""
         parts, passes = self._parts, self._parts.plan.accumulation
         total = torch.zeros((), device=parts.device)
-        for _ in range(passes):
+        for number in range(1, passes + 1):
             began = time.perf_counter()
             batch = next(self._batches)
             self._last.loading += time.perf_counter() - began
             input_ids = batch["input_ids"].to(parts.device, non_blocking=True)
             labels = batch["labels"].to(parts.device, non_blocking=True)
-            with autocast(parts.device, parts.dtype):
-                loss = language_model_loss(parts.model, input_ids, labels) / passes
-            loss.backward()
+            with parts.placed.micro_batch(last=number == passes):
+                with autocast(parts.device, parts.dtype):
+                    loss = language_model_loss(parts.placed.wrapped, input_ids, labels) / passes
+                loss.backward()
             total += loss.detach()
+        average_(total)
         norm = self._clip()
         bad = ~(torch.isfinite(total) & torch.isfinite(norm)) & (self._first_bad == 0)
         self._first_bad = torch.where(bad, step, self._first_bad)
         return total, norm
 
     def _clip(self) -> Tensor:
-        parameters, limit = list(self._parts.model.parameters()), self._parts.config.optim.grad_clip
-        if limit > 0:
-            return nn.utils.clip_grad_norm_(parameters, limit)
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = list(self._parts.placed.model.parameters())
+        settle_gradients(parameters)
+        return distmuon.clip_grad_norm_(parameters, self._parts.config.optim.grad_clip or math.inf)
 
     def _update(self, *, timed: bool) -> float:
         """Step optimizer and schedule; returns the optimizer's seconds where they were asked for."""
@@ -193,7 +203,7 @@ class Loop:
     def _log(self, step: int, loss: Tensor, norm: Tensor) -> Record:
         parts, last = self._parts, self._last
         seconds, steps = self._watch.seconds - last.seconds, step - last.step
-        speed = steps * parts.plan.tokens / seconds
+        speed = steps * parts.plan.tokens / seconds / parts.layout.world  # of one device
         record: Record = {
             TRAIN_LOSS: loss.item(),
             "grad_norm": norm.item(),
@@ -216,7 +226,7 @@ class Loop:
         lr = self._parts.config.optim.lr
         saved = self._hooks.save is not None and step > self._parts.config.checkpoint.every
         way = "go on from the last checkpoint with --resume auto" if saved else "start again"
-        raise UserError(
+        raise AgreedError(
             f"the loss or its gradient is not finite at step {step} with optim.lr {lr:g}: {way} and a lower rate, "
             f"such as --optim.lr {lr / 3:.1g}; what was written up to then is kept."
         )

@@ -58,23 +58,20 @@ def model_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> 
 def build_model(
     config: PretrainedConfig,
     *,
-    device: torch.device,
     seed: int,
     activation_checkpointing: bool = False,
-    compile: bool = False,
 ) -> nn.Module:
     """Make the model with weights drawn from ``seed``.
 
     Args:
         config: From `model_config`.
-        device: Where it lives; the weights are drawn on the CPU, the same for every device.
         seed: Seed of the global random number generators, which go on being used for dropout.
         activation_checkpointing: Recompute activations in the backward pass.
-        compile: Compile the forward pass, parameter names unchanged.
 
     Returns:
-        A float32 model in training mode; ``model(input_ids=...)`` of int64 ``(batch, tokens)`` has
-        ``.logits`` of ``(batch, tokens, vocabulary)``.
+        A float32 model in training mode on the CPU, the same for every device and process, or on torch's default
+        device, such as meta; ``model(input_ids=...)`` of int64 ``(batch, tokens)`` has ``.logits`` of
+        ``(batch, tokens, vocabulary)``.
 
     Raises:
         UserError: If transformers has no causal language model of this type or refuses the sizes.
@@ -84,13 +81,11 @@ def build_model(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except Exception as error:  # as above, and what sizes that do not fit raise in torch
         raise UserError(f"transformers cannot make a {config.model_type} language model: {_reason(error)}") from error
-    model.to(device).train()
+    model.train()
     if activation_checkpointing:
         # later versions of transformers deprecate the second name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if compile:
-        model.compile()
     return model
 
 

@@ -13,12 +13,14 @@ from distmuon.pretrain.config import OptimConfig
 from distmuon.pretrain.errors import UserError
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, *, step_stats: bool = False) -> Optimizer:
     """Make the optimizer of a model.
 
     Args:
-        model: The model, on its device.
+        model: The model on its device and in its layout: the DDP module where there is one, by which Muon knows that
+            the ranks can share its work.
         config: The ``optim`` section.
+        step_stats: Whether Muon measures the phases of its step.
 
     Returns:
         `distmuon.Muon`, or `torch.optim.AdamW` with the same learning rate, decay and betas.
@@ -27,7 +29,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         UserError: If the optimizer refuses its settings.
     """
     try:
-        return _muon(model, config) if config.name == "muon" else _adamw(model, config)
+        return _muon(model, config, step_stats) if config.name == "muon" else _adamw(model, config)
     except (TypeError, ValueError) as error:
         raise UserError(f"the optimizer refuses the optim section: {error}") from error
 
@@ -40,6 +42,11 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return rates
 
 
+def step_stats(optimizer: Optimizer) -> dict[str, float]:
+    """What Muon measured of its last step, by the names of the metrics; empty if it was not asked to."""
+    return optimizer.last_step_stats() if isinstance(optimizer, distmuon.Muon) else {}
+
+
 def routing(optimizer: Optimizer) -> tuple[str, str]:
     """Which parameter is updated by what: one sentence, and a table with reasons and learning rates."""
     if isinstance(optimizer, distmuon.Muon):
@@ -50,8 +57,8 @@ def routing(optimizer: Optimizer) -> tuple[str, str]:
     return summary, summary
 
 
-def _muon(model: nn.Module, config: OptimConfig) -> Optimizer:
-    kwargs: dict[str, Any] = {}
+def _muon(model: nn.Module, config: OptimConfig, step_stats: bool) -> Optimizer:
+    kwargs: dict[str, Any] = {"step_stats": True} if step_stats else {}
     if config.ns_coefficients is not None:
         given = config.ns_coefficients
         kwargs["ns_coefficients"] = given if isinstance(given, str) else tuple(given)

@@ -1,9 +1,8 @@
-"""How many processes a run has and how they are arranged."""
+"""How many processes a run has and how they are arranged: numbers alone."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from distmuon.pretrain.config import ParallelConfig
@@ -12,16 +11,48 @@ from distmuon.pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """The arrangement of processes, no -1 left; the product is the world size."""
+    """The arrangement of processes, no -1 left; the product is the world size.
 
-    dp_replicate: int
-    dp_shard: int
-    tp: int
+    Ranks of one ``tp`` group are neighbours, then come those of ``dp_shard``, then those of ``dp_replicate``.
+    """
 
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
 
-def world_size() -> int:
-    """Processes of this run, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    @property
+    def world(self) -> int:
+        """Processes of the run."""
+        return self.dp_replicate * self.dp_shard * self.tp
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts that a global batch is cut into."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fully_shards(self) -> bool:
+        """Whether FSDP2 holds the parameters; DDP takes no tensor parallel ones, so replicas of those are HSDP."""
+        return self.dp_shard > 1 or (self.tp > 1 and self.dp_replicate > 1)
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every rank holds the whole model and DDP averages the gradients."""
+        return self.dp_replicate > 1 and not self.fully_shards
+
+    @property
+    def mesh_dims(self) -> dict[str, int]:
+        """Names and sizes of the device mesh; what is not used is left out."""
+        dims = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+        return {name: size for name, size in dims.items() if size > 1 or (name == "dp_shard" and self.fully_shards)}
+
+    def data_rank(self, rank: int) -> int:
+        """Which part of a global batch a process reads; ranks of one ``tp`` group read the same."""
+        return rank // self.tp
+
+    def __str__(self) -> str:
+        used = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+        return " x ".join(f"{name} {size}" for name, size in used.items() if size > 1) or "one process"
 
 
 def resolve_layout(config: ParallelConfig, world: int) -> Layout:
@@ -32,7 +63,7 @@ def resolve_layout(config: ParallelConfig, world: int) -> Layout:
         world: Number of processes.
 
     Raises:
-        UserError: If the product is not ``world``, saying what would fit, or if ``world`` is over 1.
+        UserError: If the product is not ``world``, saying what would fit.
     """
     sizes = {"dp_replicate": config.dp_replicate, "dp_shard": config.dp_shard, "tp": config.tp}
     for key, size in sizes.items():
@@ -49,11 +80,6 @@ def resolve_layout(config: ParallelConfig, world: int) -> Layout:
         raise UserError(
             f"parallel.{product} does not make the {world} process{'es' * (world > 1)} of this run: "
             f"{_fitting(sizes, world)}, or start {known} process{'es' * (known > 1)}."
-        )
-    if world > 1:
-        raise UserError(
-            f"this run has {world} processes, and this version trains on one: start it without torchrun "
-            "(sharding arrives with the sharded step)."
         )
     return Layout(**sizes)
 

@@ -12,12 +12,19 @@ from distmuon.pretrain.config import TrainConfig
 from distmuon.pretrain.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of ``train.device``; ``auto`` is an accelerator where there is one.
+
+    Args:
+        name: The setting.
+        local_rank: Number of the process on this machine, which takes the CUDA device of the same number and makes
+            it torch's current one; None for a single process.
 
     Raises:
         UserError: If torch has no such device here.
     """
+    if local_rank is not None:
+        return _device_of_rank(name, local_rank)
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
@@ -30,6 +37,24 @@ def choose_device(name: str) -> torch.device:
             "set it to auto or cpu, or install a torch build for the device."
         ) from error
     return device
+
+
+def _device_of_rank(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UserError(
+            f"train.device is {name!r}, and a run of several processes takes cuda or cpu, each process the device of "
+            "its number: set it to auto."
+        )
+    device = choose_device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices and process {local_rank} of the run: start at "
+            "most one process a device (torchrun --nproc_per_node), or set train.device to cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device(device.type, local_rank)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from distmuon.pretrain.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from distmuon.pretrain.config import Config, validate
+from distmuon.pretrain.config import Config, flatten, validate
 from distmuon.pretrain.data import Corpus, check_vocabulary, open_corpus, train_loader, val_batches
 from distmuon.pretrain.evaluate import Validation, evaluate
 from distmuon.pretrain.flops import flops_per_token, peak_flops
@@ -28,13 +28,16 @@ from distmuon.pretrain.loop import Hooks, Loop, Parts
 from distmuon.pretrain.metrics import MetricsFile, Record, read_metrics
 from distmuon.pretrain.model import build_model, count_parameters, model_config
 from distmuon.pretrain.optimizer import build_optimizer, routing
-from distmuon.pretrain.parallel import resolve_layout, world_size
+from distmuon.pretrain.parallel import Layout, resolve_layout
 from distmuon.pretrain.precision import choose_device, choose_dtype, describe, set_up_torch
+from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first, process_group, rank, world_size
 from distmuon.pretrain.progress import Display, open_display
 from distmuon.pretrain.report import Summary, plot_loss, summarize
 from distmuon.pretrain.runfolder import RunFolder, open_run_folder
 from distmuon.pretrain.sample import sample_text
 from distmuon.pretrain.schedule import build_scheduler
+from distmuon.pretrain.sharding import build_mesh, decoder_blocks, place
+from distmuon.pretrain.tensor_parallel import tensor_parallel_plan
 from distmuon.pretrain.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, resume: str | None = None) -> Summary:
     """Pretrain a language model as the config says.
+
+    In a run of several processes all of them call it, under torchrun or in a process group of the caller. Rank 0
+    prints and writes; all save and load checkpoints.
 
     Args:
         config: All settings; it is not changed.
@@ -55,76 +61,127 @@ def train(config: Config, resume: str | None = None) -> Summary:
         UserError: For a setting that cannot work, or a loss that is not finite.
         Interrupted: After Ctrl-C or SIGTERM, the state saved.
     """
-    validate(config)
-    resolve_layout(config.parallel, world_size())
-    set_up_torch(config.train)
-    corpus = open_corpus(config.data)
-    config, parts = _build(config, corpus)
-    # the run folder is made after all that can be refused was looked at
-    folder = open_run_folder(config.log, resume)
+    with agreed():
+        validate(config)
+        layout = resolve_layout(config.parallel, world_size())
+    with process_group():
+        _check_settings(config)
+        set_up_torch(config.train)
+        corpus = _open_corpus(config)
+        config, parts = _build(config, corpus, layout)
+        # the run folder is made after all that can be refused was looked at
+        folder = on_first(lambda: open_run_folder(config.log, resume))
+        if folder.resume_from is not None:
+            on_first(lambda: check_changes(folder.config, config))
+            load_checkpoint(folder.resume_from, parts.state)
+            if parts.state.progress["step"] >= parts.plan.steps:
+                return _finished_before(parts, folder, corpus)
+        on_first(lambda: _prepare_folder(config, parts, folder))
+        _announce(parts, folder, corpus)
+        _run_loop(parts, folder, corpus)
+        return _finish(parts, folder, corpus)
+
+
+def _check_settings(config: Config) -> None:
+    """Machines may keep the data in different places; all else has to be the same."""
+    values = flatten(dataclasses.asdict(config))
+    check_same({key: value for key, value in values.items() if key not in ("data.source", "data.cache_dir")})
+
+
+def _open_corpus(config: Config) -> Corpus:
+    """One process of each machine first, so that a text is tokenized once and the others find it done."""
+    corpus = None
+    with agreed():
+        if local_rank() == 0:
+            corpus = open_corpus(config.data)
+    with agreed():
+        corpus = corpus or open_corpus(config.data)
+    check_same(
+        {
+            "the number of training tokens": len(corpus.train),
+            "the number of validation tokens": len(corpus.val),
+            "the size of the vocabulary": corpus.vocab_size,
+        }
+    )
+    return corpus
+
+
+def _prepare_folder(config: Config, parts: Parts, folder: RunFolder) -> None:
     if folder.resume_from is not None:
-        check_changes(folder.config, config)
-        load_checkpoint(folder.resume_from, parts.state)
-        if parts.state.progress["step"] >= parts.plan.steps:
-            return _finished_before(parts, folder, corpus)
         for path in set_aside_newer(folder.resume_from):
             logger.info("set aside a newer checkpoint as %s", path)
     write_config(folder.config, config, step=int(parts.state.progress["step"]))
     (folder.path / "routing.txt").write_text(parts.routing[1].rstrip() + "\n", encoding="utf-8")
-    _announce(parts, folder, corpus)
-    _run_loop(parts, folder, corpus)
-    return _finish(parts, folder, corpus)
 
 
-def _build(config: Config, corpus: Corpus) -> tuple[Config, Parts]:
+def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Parts]:
     """Make all parts; the config that comes back has the vocabulary filled in."""
-    device = choose_device(config.train.device)
-    dtype = choose_dtype(config.train.dtype, device)
-    plan = plan_batches(config.train, config.data.sequence_length)
-    lm_config = model_config(config.model, corpus.vocab_size, config.data.sequence_length)
-    check_vocabulary(corpus, lm_config.vocab_size)
+    length, seed = config.data.sequence_length, config.train.seed
+    with agreed():
+        device = choose_device(config.train.device, local_rank() if layout.world > 1 else None)
+        dtype = choose_dtype(config.train.dtype, device)
+        plan = plan_batches(config.train, length, layout.data_ranks)
+        lm_config = model_config(config.model, corpus.vocab_size, length)
+        check_vocabulary(corpus, lm_config.vocab_size)
+        model = build_model(lm_config, seed=seed, activation_checkpointing=config.train.activation_checkpointing)
+        if layout.tp > 1:
+            tensor_parallel_plan(model, lm_config, layout.tp)
+        if layout.fully_shards:
+            decoder_blocks(model, lm_config)
     filled = {**config.model.config, "vocab_size": lm_config.vocab_size}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, config=filled))
-    model = build_model(
+    flops = flops_per_token(model, lm_config, length)
+    placed = place(
+        model,
         lm_config,
+        layout,
+        build_mesh(layout, device),
         device=device,
-        seed=config.train.seed,
-        activation_checkpointing=config.train.activation_checkpointing,
+        dtype=dtype,
         compile=config.train.compile,
     )
-    optimizer = build_optimizer(model, config.optim)
+    data_rank = layout.data_rank(rank())
+    if layout.data_ranks > 1:
+        torch.manual_seed(seed + data_rank)  # other dropout for other data
+    with agreed():
+        optimizer = build_optimizer(placed.wrapped, config.optim, step_stats=config.log.step_stats)
     routed = routing(optimizer)  # with peak rates, which the schedule changes
     scheduler = build_scheduler(optimizer, config.optim, plan.steps)
-    loader = train_loader(corpus, config.data, plan.device_batch)
+    loader = train_loader(corpus, config.data, plan.device_batch, rank=data_rank, world_size=layout.data_ranks)
     return config, Parts(
         config=config,
         plan=plan,
-        model=model,
+        layout=layout,
+        placed=placed,
         optimizer=optimizer,
         routing=routed,
         scheduler=scheduler,
         loader=loader,
-        state=AppState(model, optimizer, scheduler, loader, device),
+        state=AppState(placed.model, optimizer, scheduler, loader, device),
         device=device,
         dtype=dtype,
-        flops_per_token=flops_per_token(model, lm_config, config.data.sequence_length),
+        flops_per_token=flops,
         peak_flops=peak_flops(device, dtype),
     )
 
 
 def _announce(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
     plan, config, step = parts.plan, parts.config, int(parts.state.progress["step"])
+    ranks = f" x {parts.layout.data_ranks} ranks" if parts.layout.data_ranks > 1 else ""
     rows = {
         "version": f"distmuon {__version__}, torch {torch.__version__}",
         "run folder": str(folder.path),
         "device": describe(parts.device, parts.dtype),
         "data": corpus.description,
-        "model": f"{config.model.type}, {count_parameters(parts.model):,} parameters",
+        "model": f"{config.model.type}, {count_parameters(parts.placed.model):,} parameters",
+        "processes": f"{parts.layout.world}: {parts.layout}",
         "optimizer": f"lr {config.optim.lr:g} {config.optim.schedule}, {parts.routing[0]} (routing.txt)",
         "step": f"{plan.tokens:,} tokens = {plan.accumulation} x {plan.device_batch} sequences "
-        f"x {config.data.sequence_length}",
+        f"x {config.data.sequence_length}{ranks}",
         "run": f"{plan.steps:,} steps, {plan.steps * plan.tokens:,} tokens",
     }
+    if parts.layout.world == 1:
+        del rows["processes"]
     if folder.resume_from is not None:
         rows["resumed"] = f"{folder.resume_from} after step {step:,}"
     for key, value in rows.items():
@@ -133,11 +190,15 @@ def _announce(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
 
 def _run_loop(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
     config, step = parts.config, int(parts.state.progress["step"])
+    sinks: list[MetricsFile | TensorBoard] = []
     with contextlib.ExitStack() as stack:
-        sinks: list[MetricsFile | TensorBoard] = [stack.enter_context(MetricsFile(folder.metrics, after_step=step))]
-        if config.log.tensorboard:
-            sinks.append(stack.enter_context(TensorBoard(folder.path / "tensorboard", after_step=step)))
-        display = open_display(config.log.progress, steps=parts.plan.steps, done=step)
+        with agreed():
+            if rank() == 0:
+                sinks.append(stack.enter_context(MetricsFile(folder.metrics, after_step=step)))
+            if rank() == 0 and config.log.tensorboard:
+                sinks.append(stack.enter_context(TensorBoard(folder.path / "tensorboard", after_step=step)))
+        progress = config.log.progress if rank() == 0 else "off"
+        display = open_display(progress, steps=parts.plan.steps, done=step)
         stack.callback(display.close)
         save = functools.partial(_save, parts.state, folder.checkpoints, config.checkpoint.keep)
         hooks = Hooks(
@@ -156,14 +217,22 @@ def _record(sinks: list[MetricsFile | TensorBoard], display: Display, record: Re
 
 
 def _validate(parts: Parts, corpus: Corpus) -> Validation:
-    config = parts.config
-    batches = val_batches(corpus, config.data, parts.plan.device_batch, config.train.eval_tokens)
+    config, layout = parts.config, parts.layout
+    batches = val_batches(
+        corpus,
+        config.data,
+        parts.plan.device_batch,
+        config.train.eval_tokens,
+        rank=layout.data_rank(rank()),
+        world_size=layout.data_ranks,
+    )
     return evaluate(
-        parts.model,
+        parts.placed.model,
         batches,
         bytes_per_token=corpus.val_bytes_per_token,
         device=parts.device,
         dtype=parts.dtype,
+        copies=layout.tp,
     )
 
 
@@ -172,27 +241,38 @@ def _save(state: AppState, folder: pathlib.Path, keep: int, step: int) -> pathli
 
 
 def _finish(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:
-    """Sample, draw and sum up."""
-    config, records = parts.config, read_metrics(folder.metrics)
-    sample = None
-    if config.train.sample_tokens > 0 and corpus.tokenizer is None:
+    """Sample, draw and sum up; the result is that of rank 0 on all ranks."""
+    sample = _sample(parts, corpus)
+    return on_first(lambda: _report(parts, folder, sample))
+
+
+def _sample(parts: Parts, corpus: Corpus) -> str | None:
+    train = parts.config.train
+    if train.sample_tokens == 0:
+        return None
+    if corpus.tokenizer is None:
         logger.warning("no sample text: the data does not say its tokenizer, so set data.tokenizer")
-    elif config.train.sample_tokens > 0 and corpus.tokenizer is not None:
-        sample = sample_text(
-            parts.model,
-            corpus.tokenizer,
-            config.train.sample_prompt,
-            config.train.sample_tokens,
-            device=parts.device,
-            dtype=parts.dtype,
-            seed=config.train.seed,
-        )
-        logger.info("sample:\n%s", sample)
+        return None
+    sample = sample_text(
+        parts.placed.model,
+        corpus.tokenizer,
+        train.sample_prompt,
+        train.sample_tokens,
+        device=parts.device,
+        dtype=parts.dtype,
+        seed=train.seed,
+    )
+    logger.info("sample:\n%s", sample)
+    return sample
+
+
+def _report(parts: Parts, folder: RunFolder, sample: str | None) -> Summary:
+    config, records = parts.config, read_metrics(folder.metrics)
     summary = summarize(
         records,
         run_dir=folder.path,
         optimizer=config.optim.name,
-        parameters=count_parameters(parts.model),
+        parameters=count_parameters(parts.placed.model),
         checkpoint=newest_checkpoint(folder.checkpoints),
         sample=sample,
     )
@@ -222,4 +302,5 @@ def _finished_before(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary
         step,
         steps,
     )
-    return Summary.load(folder.summary) if folder.summary.exists() else _finish(parts, folder, corpus)
+    before = on_first(lambda: Summary.load(folder.summary) if folder.summary.exists() else None)
+    return before or _finish(parts, folder, corpus)

@@ -27,7 +27,7 @@ def sample_text(
     """Continue a prompt.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers; where it is sharded, all ranks have to call this alike.
         tokenizer: Of the model's tokens.
         prompt: The text to continue; empty: the separator between documents.
         tokens: Tokens to add.
@@ -45,7 +45,7 @@ def sample_text(
     was_training = model.training
     model.eval()
     generate: Any = model.generate
-    with torch.random.fork_rng(), autocast(device, dtype):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device, dtype):
         torch.manual_seed(seed)
         output = generate(
             input_ids,
