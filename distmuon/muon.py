@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from distmuon.binding import Binding, Part, bind
 from distmuon.checkpoint import merge_groups, restore_momentum
-from distmuon.comm.layout import check_gradient
+from distmuon.comm.group import Mesh
+from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (
     Group,
     Params,
@@ -25,12 +27,13 @@ from distmuon.groups import (
 from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.numerics.coefficients import Coefficients
 from distmuon.numerics.hardware import compute_dtype
-from distmuon.numerics.update import all_zero, lr_scale, resolve_lr_scale
+from distmuon.numerics.update import lr_scale, resolve_lr_scale
 from distmuon.options import Options
-from distmuon.pipeline import Member, run_bucket
+from distmuon.participation import agree_on_part, check_promise, rates_are_zero
+from distmuon.pipeline import LocalParameter
 from distmuon.plan.matrices import matrix_spec
-from distmuon.plan.plan import Bucket, Plan, build_plan
-from distmuon.report import RoutingReport, RoutingRow
+from distmuon.report import RoutingReport, RoutingRow, plan_note
+from distmuon.stats import StepClock, step_stats
 
 logger = logging.getLogger("distmuon")
 
@@ -80,8 +83,18 @@ class Muon(Optimizer):
             matrices of one shape.
         fused: Use torch's fused AdamW kernels.
         compile: Run Newton-Schulz through :func:`torch.compile`.
-        bucket_bytes: Bound of the matrices, in ``ns_dtype``, that are orthogonalized together. Temporary
-            memory is a few times this, or one matrix where a matrix is larger.
+        bucket_bytes: Bound of the matrices, in ``wire_dtype``, that one rank orthogonalizes together.
+            Temporary memory is a few times this, or one matrix where a matrix is larger.
+        mesh: A DeviceMesh or process group over which plain parameters are replicated, so that its ranks
+            share the work. Inferred when ``params`` is a DistributedDataParallel module; DTensors know
+            theirs. Without it, each rank updates its plain parameters alone.
+        wire_dtype: Dtype of what travels between ranks. None takes ``ns_dtype``, which changes no bit, as
+            matrices are rounded to it anyway.
+        replicas: ``"share"`` spreads the matrices over the replicas of HSDP and DDP; ``"repeat"`` lets each
+            replica compute all updates for itself, and nothing travels between replicas.
+        static_grads: Promise that the same parameters have gradients in every step, on all ranks, from the
+            first one on: saves the small all-reduce that asks every rank.
+        step_stats: Time the phases of each step, for :meth:`last_step_stats`; waits for the device.
         maximize: Not supported; here to say so by name.
 
     Raises:
@@ -113,7 +126,12 @@ class Muon(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         compile: bool = False,
-        bucket_bytes: int = 128 << 20,
+        bucket_bytes: int = 64 << 20,
+        mesh: Mesh | None = None,
+        wire_dtype: torch.dtype | None = None,
+        replicas: str = "share",
+        static_grads: bool = False,
+        step_stats: bool = False,
         maximize: bool = False,
     ) -> None:
         if maximize:
@@ -128,8 +146,15 @@ class Muon(Optimizer):
             fused=fused,
             compile=compile,
             bucket_bytes=bucket_bytes,
+            wire_dtype=ns_dtype if wire_dtype is None else wire_dtype,
+            replicas=replicas,
+            static_grads=static_grads,
         )
-        self._plans: list[_GroupPlan] = []
+        self._binding: Binding | None = None
+        self._clock = StepClock(step_stats)
+        if mesh is None and isinstance(params, DistributedDataParallel):
+            mesh = params.process_group
+        self._mesh = mesh
         groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
         check_disjoint(groups)
         defaults = {
@@ -182,22 +207,33 @@ class Muon(Optimizer):
         Returns:
             What ``closure`` returned.
 
+        All ranks that share parameters call this together.
+
         Raises:
             TypeError: for a sparse gradient.
-            NotImplementedError: for a parameter of which this rank holds a part only.
+            ValueError: if ranks disagree about parameters, settings, or which gradients there are.
+            RuntimeError: if an exchange with other ranks fails.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._only_creates_state():
-            return loss
-        for index, (group, made) in enumerate(zip(self.param_groups, self._current_plans(), strict=True)):
-            for bucket in made.plan.buckets:
-                self._step_bucket(group, bucket)
-            if not group["use_muon"]:
-                self._step_adamw(group, f"group {index}")
+        taking_part = self._taking_part()
+        for part, active, idle in taking_part:
+            self._step_part(part, active, create_only=idle)
         return loss
+
+    def last_step_stats(self) -> dict[str, float]:
+        """Where the last step spent its time on this rank; empty without ``step_stats=True``.
+
+        Returns:
+            Milliseconds ``optim/{agree,pack,wire,ns,unpack,apply,wait,adamw}_ms``, where ``wire`` is spent on
+            starting transfers and ``wait`` on waiting for them; ``optim/bytes_sent`` by this rank; and
+            ``optim/imbalance``, cost of the busiest rank over the mean.
+        """
+        if not self._clock.enabled or self._binding is None:
+            return {}
+        return step_stats(self._clock, [part.pipeline for part in self._binding.parts])
 
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
@@ -235,54 +271,106 @@ class Muon(Optimizer):
                 algorithm = "muon" if group["use_muon"] else "adamw"
                 rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
         devices = {param.device for group in self.param_groups if group["use_muon"] for param in group["params"]}
-        return RoutingReport(tuple(rows), tuple(self._precision_note(device) for device in sorted(devices, key=str)))
+        notes = [self._precision_note(device) for device in sorted(devices, key=str)]
+        if self._binding is not None:
+            notes += [plan_note(part.pipeline.plan, self._options.wire_dtype) for part in self._binding.parts]
+        return RoutingReport(tuple(rows), tuple(notes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plans = []
+        self._binding = None
+        self._clock = StepClock(False)
+        self._mesh = None
         super().__setstate__(state)
 
-    def _step_bucket(self, group: Group, bucket: Bucket) -> None:
-        members = [
-            Member(param, self._muon_state(param)["momentum_buffer"], spec)
-            for param, spec in zip([group["params"][i] for i in bucket.members], bucket.specs, strict=True)
-            if param.grad is not None
-        ]
-        if members:
-            run_bucket(members, group, self._options)
+    def _taking_part(self) -> list[tuple[Part, tuple[bool, ...], bool]]:
+        """Each part of the binding, which of its parameters take part, and whether only to create state.
 
-    def _step_adamw(self, group: Group, label: str) -> None:
-        named = zip(group_names(group, label), group["params"], strict=True)
-        members = [(param, check_gradient(name, param.grad)) for name, param in named if param.grad is not None]
-        if members:
-            adamw_update(
-                [param for param, _ in members],
-                [grad for _, grad in members],
-                [self._adamw_state(param) for param, _ in members],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                foreach=self._options.foreach,
-                fused=self._options.fused,
-            )
-
-    def _only_creates_state(self) -> bool:
-        """Whether this step is the dummy one of DCP and TorchTitan: no rate, no gradient.
-
-        They take it to make lazy state exist; counted as a step it would change AdamW's bias correction.
+        Only the dummy step of DCP and TorchTitan, rates and gradients of zero, creates state alone: they take
+        it to make lazy state exist, and counted as a step it would change AdamW's bias correction.
         """
-        pairs = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
-        fresh = any(not self.state.get(param) for _, param in pairs)
-        if not pairs or not all(_is_zero(group["lr"], read=fresh) for group in self.param_groups):
-            return False
-        if not all_zero([param.grad for _, param in pairs]):
-            return False
-        for group, param in pairs:
-            self._muon_state(param) if group["use_muon"] else self._adamw_state(param)
-        return True
+        with self._clock.phase("agree"):
+            if self._binding is None:
+                self._rebind()
+            assert self._binding is not None
+            stale = not self._binding.fits(self.param_groups)
+            parts = self._binding.parts
+            if stale and (self._options.static_grads or all(part.group is None for part in parts)):
+                self._rebind()
+                return self._taking_part()
+            zero_rates = rates_are_zero(self.param_groups, read=not self.state)
+            decided: list[tuple[Part, tuple[bool, ...], bool]] = []
+            for part in parts:
+                if part.active is not None and not zero_rates:
+                    check_promise(part)
+                    decided.append((part, part.active, False))
+                    continue
+                agreement = agree_on_part(part, parts, stale=stale, rates_are_zero=zero_rates)
+                if agreement.replan:
+                    self._rebind()
+                    return self._taking_part()
+                active = tuple(count > 0 for count in agreement.gradients)
+                # what several ranks agreed on, the first part, holds for what this rank has alone
+                idle = decided[0][2] if decided else agreement.idle
+                if self._options.static_grads and not idle and part.group is not None:
+                    part.active = active
+                decided.append((part, active, idle))
+        return decided
+
+    def _rebind(self) -> None:
+        """Read layouts and plan, again when parameters were added or swapped (accelerate swaps them all)."""
+        first = self._binding is None
+        self._binding = bind(self.param_groups, self._options, self._mesh, self._clock)
+        if first:
+            logger.info("routing\n%s", self.report())
+
+    def _step_part(self, part: Part, active: tuple[bool, ...], *, create_only: bool) -> None:
+        for number, entry in part.entries.items():
+            if active[number]:
+                self._muon_state(entry.param) if entry.fact.use_muon else self._adamw_state(entry.param)
+        if create_only:
+            return
+        local = {
+            place: LocalParameter(
+                box=entry.fact.layout.box,
+                param=local_tensor(entry.param),
+                grad=local_gradient(entry.param),
+                momentum=local_tensor(self.state[entry.param]["momentum_buffer"]),
+            )
+            for place, entry in part.matrices
+            if active[part.planned[place]]
+        }
+        part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
+        with self._clock.phase("adamw"):
+            for index, group in enumerate(self.param_groups):
+                if not group["use_muon"]:
+                    members = [
+                        entry.param
+                        for number, entry in part.entries.items()
+                        if entry.fact.group == index and active[number]
+                    ]
+                    self._step_adamw(group, members)
+
+    def _step_adamw(self, group: Group, params: Sequence[Tensor]) -> None:
+        if not params:
+            return
+        local = [local_tensor(param) for param in params]
+        grads = [local_gradient(param) for param in params]
+        states = [self.state[param] for param in params]
+        adamw_update(
+            local,
+            # a shard whose gradient other ranks have takes part with zeros
+            [torch.zeros_like(mine) if grad is None else grad for mine, grad in zip(local, grads, strict=True)],
+            [{key: local_tensor(value) for key, value in state.items()} for state in states],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            foreach=self._options.foreach,
+            fused=self._options.fused,
+        )
 
     def _muon_state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -296,33 +384,6 @@ class Muon(Optimizer):
         if not state:
             state.update(init_state(param, fused=self._options.fused))
         return state
-
-    def _current_plans(self) -> list[_GroupPlan]:
-        """One plan a group, made again when parameters were added or swapped (accelerate swaps them all)."""
-        same = len(self._plans) == len(self.param_groups) and all(
-            made.fits(group) for made, group in zip(self._plans, self.param_groups, strict=True)
-        )
-        if not same:
-            first = not self._plans
-            self._plans = [self._plan_group(group, f"group {i}") for i, group in enumerate(self.param_groups)]
-            if first:
-                logger.info("routing\n%s", self.report())
-        return self._plans
-
-    def _plan_group(self, group: Group, label: str) -> _GroupPlan:
-        params = list(group["params"])
-        if not group["use_muon"]:
-            return _GroupPlan(params, group["flatten"], Plan(()))
-        specs = [
-            matrix_spec(name, param.shape, flatten=group["flatten"])
-            for name, param in zip(group_names(group, label), params, strict=True)
-        ]
-        plan = build_plan(
-            specs,
-            kinds=[(str(param.device), str(param.dtype)) for param in params],
-            bucket_numel=max(1, self._options.bucket_bytes // self._options.ns_dtype.itemsize),
-        )
-        return _GroupPlan(params, group["flatten"], plan)
 
     def _fill_defaults(self, group: Group, label: str) -> None:
         if not group["use_muon"]:
@@ -361,27 +422,3 @@ class Muon(Optimizer):
         held = asked if self._options.foreach is False else compute_dtype(asked, device)
         note = "" if held is asked else f", iterates in {held}: this device multiplies {asked} in software"
         return f"Newton-Schulz on {device}: {asked}{note}."
-
-
-@dataclass(frozen=True)
-class _GroupPlan:
-    """The plan of a group, and what it was made from."""
-
-    params: list[Tensor]
-    flatten: bool
-    plan: Plan
-
-    def fits(self, group: Group) -> bool:
-        """Whether the group still holds the parameters that were planned."""
-        return (
-            len(self.params) == len(group["params"])
-            and self.flatten == group["flatten"]
-            and all(old is new for old, new in zip(self.params, group["params"], strict=True))
-        )
-
-
-def _is_zero(lr: float | Tensor, *, read: bool) -> bool:
-    """Whether a rate is 0; one on an accelerator is only looked at if ``read``, since that waits for it."""
-    if isinstance(lr, Tensor) and lr.device.type != "cpu" and not read:
-        return False
-    return float(lr) == 0.0

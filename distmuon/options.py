@@ -26,11 +26,17 @@ class Options:
     fused: bool | None
     compile: bool
     bucket_bytes: int
+    wire_dtype: torch.dtype
+    replicas: str
+    static_grads: bool
 
     def __post_init__(self) -> None:
-        for key, dtype in (("momentum_dtype", self.momentum_dtype), ("ns_dtype", self.ns_dtype)):
+        for key in ("momentum_dtype", "ns_dtype", "wire_dtype"):
+            dtype = getattr(self, key)
             if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
                 raise TypeError(f"{key}={dtype}: take torch.bfloat16, torch.float16, torch.float32 or torch.float64.")
+        if self.replicas not in ("share", "repeat"):
+            raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
         if self.bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
         if self.compile and not self.batched:

@@ -1,79 +1,311 @@
-"""One bucket through the step: momentum, Newton-Schulz, decay and scaled update."""
+"""What overlaps what: while one bucket is orthogonalized, the next arrives and the last one goes home."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from distmuon.comm.layout import check_gradient, local_tensor
+from distmuon.comm.buffers import BufferPool
+from distmuon.comm.exchange import Exchange, Transfer
 from distmuon.groups import Group
-from distmuon.numerics.orthogonalize import orthogonalize
+from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
-from distmuon.plan.matrices import MatrixSpec
+from distmuon.plan.boxes import Box
+from distmuon.plan.plan import Bucket, Plan
+from distmuon.plan.routes import Leg, Part, Routes, route
+from distmuon.stats import StepClock
 
 
 @dataclass(frozen=True)
-class Member:
-    """A parameter that takes part in this step, with its momentum and the matrices it holds."""
+class LocalParameter:
+    """What this rank stores of a parameter, as plain tensors that share its memory.
 
-    param: Tensor
-    momentum: Tensor
-    spec: MatrixSpec
-
-
-def run_bucket(members: Sequence[Member], group: Group, options: Options) -> None:
-    """Update parameters whose matrices have one shape, in place.
-
-    Args:
-        members: At least one; each parameter has a gradient.
-        group: Their parameter group: the hyperparameters.
-        options: The settings of the optimizer.
-
-    Raises:
-        TypeError: for a sparse gradient.
-        NotImplementedError: for a parameter of which this rank holds a part only.
+    Attributes:
+        box: Which elements these are.
+        param: The weights, of shape ``box.sizes``.
+        grad: Their gradient; None where this rank has none and others have: it counts as zero.
+        momentum: Their momentum average.
     """
-    params, grads, buffers = [], [], []
-    for member in members:
-        grad = check_gradient(member.spec.parameter, member.param.grad)
-        params.append(local_tensor(member.spec.parameter, member.param))
-        grads.append(local_tensor(member.spec.parameter, grad))
-        buffers.append(local_tensor(member.spec.parameter, member.momentum))
-    # On a CPU foreach functions loop over the tensors themselves
-    foreach = options.batched and params[0].device.type != "cpu"
-    rows, cols = members[0].spec.rows, members[0].spec.cols
-    counts = [member.spec.count for member in members]
 
-    stack = params[0].new_empty((sum(counts), rows, cols), dtype=options.ns_dtype)
-    blend_momentum(
-        grads,
-        buffers,
-        _per_parameter(stack, counts, params),
-        momentum=group["momentum"],
-        nesterov=group["nesterov"],
-        foreach=foreach,
-    )
-    directions = orthogonalize(
-        stack,
-        coefficients=group["ns_coefficients"],
-        steps=group["ns_steps"],
-        eps=group["eps"],
-        batched=options.batched,
-        compile=options.compile,
-    )
-    apply_direction(
-        params,
-        _per_parameter(directions, counts, params),
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        scale=lr_scale(group["adjust_lr_fn"], rows, cols),
-        foreach=foreach,
-    )
+    box: Box
+    param: Tensor
+    grad: Tensor | None
+    momentum: Tensor
 
 
-def _per_parameter(stack: Tensor, counts: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
-    """Slices of ``stack``, ``(sum(counts), rows, cols)``, in the shape of each parameter."""
-    return [part.reshape(param.shape) for part, param in zip(stack.split(list(counts)), params, strict=True)]
+@dataclass
+class _Flight:
+    """A bucket on its way through the step."""
+
+    bucket: Bucket
+    routes: Routes
+    kept: Tensor
+    gather: Transfer
+    matrices: Tensor | None = None
+    scatter: Transfer | None = None
+
+
+@dataclass
+class Pipeline:
+    """Runs the buckets of one plan on one rank.
+
+    At any time at most one bucket is arriving, one is computed and one is leaving, so buffers take at most
+    five times what a rank owns of a bucket (what it sends and what it receives for two, matrices for one).
+
+    Attributes:
+        plan: What to do.
+        rank: This process, a global rank.
+        exchange: Moves packed buffers.
+        device: Where matrices are gathered and multiplied.
+        options: The settings of the optimizer.
+        all_gather: Whether updates of replicated buckets come back by all-gather.
+        clock: Times the phases.
+        pool: Lends the buffers.
+        bytes_sent: Bytes that left this rank in the last step, padding of an all-gather included.
+    """
+
+    plan: Plan
+    rank: int
+    exchange: Exchange
+    device: torch.device
+    options: Options
+    all_gather: bool
+    clock: StepClock
+    pool: BufferPool = field(default_factory=BufferPool)
+    bytes_sent: int = 0
+    _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
+
+    def run(self, groups: Sequence[Group], local: Mapping[int, LocalParameter], active: Sequence[bool]) -> None:
+        """Update the parameters of the plan in place.
+
+        Args:
+            groups: All parameter groups of the optimizer: the hyperparameters.
+            local: What this rank stores, by place in the plan; only those that take part are looked at.
+            active: Whether each parameter of the plan takes part, the same on every rank.
+
+        Raises:
+            RuntimeError: if an exchange fails, as when another rank died; names the bucket.
+        """
+        chosen = tuple(active)
+        steps = [
+            (number, bucket)
+            for number, bucket in enumerate(self.plan.buckets)
+            if any(chosen[assignment.parameter] for assignment in bucket.assignments)
+        ]
+        self.bytes_sent = 0
+        if not steps:
+            return
+        try:
+            arriving: _Flight | None = self._gather(*steps[0], groups, local, chosen)
+            leaving: _Flight | None = None
+            for position in range(len(steps)):
+                current = arriving
+                assert current is not None
+                following = position + 1
+                arriving = self._gather(*steps[following], groups, local, chosen) if following < len(steps) else None
+                self._orthogonalize(current, groups)
+                if leaving is not None:
+                    self._apply_received(leaving, groups, local)
+                self._scatter(current, groups, local)
+                leaving = current
+            assert leaving is not None
+            self._apply_received(leaving, groups, local)
+        except BaseException:
+            self.pool.clear()
+            raise
+
+    def _gather(
+        self,
+        number: int,
+        bucket: Bucket,
+        groups: Sequence[Group],
+        local: Mapping[int, LocalParameter],
+        active: tuple[bool, ...],
+    ) -> _Flight:
+        """Blend momentum where it lives, and send the result to the owners."""
+        routes = self._route(number, bucket, active)
+        leg, dtype = routes.gather, self._dtype
+        send = self.pool.take(leg.send_numel, dtype, self.device)
+        receive = self.pool.take(leg.receive_numel, dtype, self.device)
+        kept_numel = sum(part.box.numel for part in routes.kept)
+        kept = self.pool.take(kept_numel, dtype, self.device)
+        flight = _Flight(bucket, routes, kept, Transfer(send, receive))
+        # with nothing to wait for, what is kept is blended straight into the stack of matrices
+        whole = leg.receive_numel == 0
+        if whole:
+            flight.matrices = kept.view(routes.matrices, bucket.rows, bucket.cols)
+        with self.clock.phase("pack"):
+            self._blend(flight, groups[bucket.group], local, whole=whole)
+        if bucket.gathers:
+            flight.gather = self._start(leg, send, receive)
+        return flight
+
+    def _blend(self, flight: _Flight, group: Group, local: Mapping[int, LocalParameter], *, whole: bool) -> None:
+        routes, bucket = flight.routes, flight.bucket
+        places: dict[int, Tensor] = {}
+        start = 0
+        for part in routes.kept:
+            if whole:
+                places[part.slot] = self._view(flight, part)
+            else:
+                places[part.slot] = flight.kept[start : start + part.box.numel].view(part.box.sizes)
+            start += part.box.numel
+        grads, buffers, outs = [], [], []
+        for part in routes.held:
+            mine = local[bucket.assignments[part.slot].parameter]
+            buffer = _at(mine.momentum, part.box, mine.box)
+            buffers.append(buffer)
+            grads.append(torch.zeros_like(buffer) if mine.grad is None else _at(mine.grad, part.box, mine.box))
+            outs.append(places.get(part.slot) if part.start is None else _packed(flight.gather.send, part))
+        blend_momentum(
+            grads,
+            buffers,
+            outs,
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            foreach=self._foreach,
+        )
+
+    def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
+        """Put whole matrices together and orthogonalize them in place."""
+        bucket, routes = flight.bucket, flight.routes
+        self._wait(flight.gather, bucket)
+        if flight.matrices is None:
+            with self.clock.phase("unpack"):
+                stack = self.pool.take(routes.matrices * bucket.rows * bucket.cols, self._dtype, self.device)
+                flight.matrices = stack.view(routes.matrices, bucket.rows, bucket.cols)
+                for part in routes.gather.receives:
+                    self._view(flight, part).copy_(_packed(flight.gather.receive, part))
+                start = 0
+                for part in routes.kept:
+                    kept = flight.kept[start : start + part.box.numel].view(part.box.sizes)
+                    self._view(flight, part).copy_(kept)
+                    start += part.box.numel
+            self.pool.give(flight.kept)
+        self.pool.give(flight.gather.send)
+        self.pool.give(flight.gather.receive)
+        group = groups[bucket.group]
+        with self.clock.phase("ns"):
+            orthogonalize_(
+                flight.matrices,
+                coefficients=group["ns_coefficients"],
+                steps=group["ns_steps"],
+                eps=group["eps"],
+                dtype=self.options.ns_dtype,
+                batched=self.options.batched,
+                compile=self.options.compile,
+            )
+
+    def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+        """Send updates home, and meanwhile apply those that are at home already."""
+        bucket, routes = flight.bucket, flight.routes
+        assert flight.matrices is not None
+        leg = routes.scatter
+        if bucket.scatters:
+            send = self.pool.take(leg.send_numel, self._dtype, self.device)
+            receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
+            with self.clock.phase("pack"):
+                for part in leg.sends:
+                    _packed(send, part).copy_(self._view(flight, part))
+            flight.scatter = self._start(leg, send, receive)
+        with self.clock.phase("apply"):
+            self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
+        self.pool.give(flight.matrices.view(-1))
+        flight.matrices = None
+
+    def _apply_received(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+        if flight.scatter is None:
+            return
+        self._wait(flight.scatter, flight.bucket)
+        receives = [part for part in flight.routes.scatter.receives if part.box.numel]
+        with self.clock.phase("apply"):
+            directions = [_packed(flight.scatter.receive, part) for part in receives]
+            self._apply(flight, receives, directions, groups, local)
+        self.pool.give(flight.scatter.send)
+        self.pool.give(flight.scatter.receive)
+
+    def _apply(
+        self,
+        flight: _Flight,
+        parts: Sequence[Part],
+        directions: Sequence[Tensor],
+        groups: Sequence[Group],
+        local: Mapping[int, LocalParameter],
+    ) -> None:
+        bucket = flight.bucket
+        group = groups[bucket.group]
+        holders = [local[bucket.assignments[part.slot].parameter] for part in parts]
+        params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, parts, strict=True)]
+        apply_direction(
+            params,
+            # parameters of FSDP's CPU offload lie elsewhere than matrices are multiplied
+            [direction.to(param.device) for direction, param in zip(directions, params, strict=True)],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
+            foreach=self._foreach,
+            exact=not self.options.batched,
+            tall=bucket.rows > bucket.cols,
+        )
+
+    def _view(self, flight: _Flight, part: Part) -> Tensor:
+        """The elements of ``part`` in the stack of owned matrices."""
+        assert flight.matrices is not None
+        assignment = flight.bucket.assignments[part.slot]
+        spec = self.plan.parameters[assignment.parameter]
+        first = flight.routes.place[part.slot]
+        outer = spec.box_of(assignment.first, assignment.count)
+        stack = flight.matrices[first : first + assignment.count].view(outer.sizes)
+        return _at(stack, part.box, outer)
+
+    def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
+        copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1
+        self.bytes_sent += send.nbytes * copies
+        with self.clock.phase("wire"):
+            return self.exchange.start(leg, send, receive)
+
+    def _wait(self, transfer: Transfer, bucket: Bucket) -> None:
+        with self.clock.phase("wait"):
+            try:
+                transfer.wait()
+            except RuntimeError as error:
+                names = [self.plan.parameters[assignment.parameter].name for assignment in bucket.assignments]
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise RuntimeError(
+                    f"rank {self.rank}: the exchange of the bucket of {names[0]!r}{more} failed, another rank has "
+                    f"probably ended or hangs: look for the first error among all ranks ({error})"
+                ) from error
+
+    def _route(self, number: int, bucket: Bucket, active: tuple[bool, ...]) -> Routes:
+        chosen = tuple(active[assignment.parameter] for assignment in bucket.assignments)
+        key = (number, chosen)
+        if key not in self._routes:
+            # masks of experts that are used now and then are many; one of a kind need not stay
+            if len(self._routes) > 4 * len(self.plan.buckets):
+                self._routes.clear()
+            self._routes[key] = route(self.plan, bucket, self.rank, active=active, all_gather=self.all_gather)
+        return self._routes[key]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.options.wire_dtype
+
+    @property
+    def _foreach(self) -> bool:
+        # on a CPU foreach functions loop over the tensors themselves
+        return self.options.batched and self.device.type != "cpu"
+
+
+def _at(tensor: Tensor, box: Box, outer: Box) -> Tensor:
+    """The elements ``box`` of a tensor that holds ``outer``."""
+    return tensor if box == outer else tensor[box.within(outer)]
+
+
+def _packed(buffer: Tensor, part: Part) -> Tensor:
+    """The elements of a part in a packed buffer."""
+    assert part.start is not None
+    return buffer[part.start : part.start + part.box.numel].view(part.box.sizes)

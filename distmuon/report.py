@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from distmuon.plan.plan import Plan
+
 
 @dataclass(frozen=True)
 class RoutingRow:
@@ -60,3 +64,14 @@ def _numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+def plan_note(plan: Plan, dtype: torch.dtype) -> str:
+    """Who does the work, and how much memory that takes for the while."""
+    owned = max((max(bucket.owned_numel().values()) for bucket in plan.buckets), default=0) * dtype.itemsize
+    if len(plan.ranks) == 1:
+        return f"{len(plan.buckets)} buckets on one rank, at most {owned / 2**20:.1f} MiB of matrices each."
+    return (
+        f"{len(plan.buckets)} buckets over {len(plan.ranks)} ranks, load of the busiest {plan.imbalance:.3f} of the "
+        f"mean; a rank owns at most {owned / 2**20:.1f} MiB of a bucket and buffers take at most five times that."
+    )

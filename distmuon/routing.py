@@ -75,6 +75,7 @@ def route_module(
         ValueError: if a glob matches nothing, two globs disagree, or a parameter's matrix axes are not
             known.
     """
+    module = _unwrapped(module)
     uses = _uses(module)
     heads = _heads(module, uses)
     routes = {}
@@ -103,6 +104,15 @@ def route_named(
     params = dict(_clean(named))
     routes = {name: _route_by_name(name, param) for name, param in params.items()}
     return _apply_globs(routes, params, muon_names, adamw_names)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside DDP or torch.compile, whose type and outermost layers the rules look at."""
+    children = dict(module.named_children())
+    while len(children) == 1 and next(iter(children)) in ("module", "_orig_mod"):
+        (module,) = children.values()
+        children = dict(module.named_children())
+    return module
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+from distmuon.comm.group import Mesh, mesh_ranks, own_rank
+from distmuon.plan.boxes import Box
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -25,41 +34,133 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is quantized ({param.dtype}): {advice}.")
 
 
-def check_gradient(name: str, grad: Tensor | None) -> Tensor:
-    """The gradient, unless it is one that cannot be used.
+@dataclass(frozen=True)
+class LocalLayout:
+    """What this rank knows of a parameter before it has talked to others.
+
+    Attributes:
+        shape: The global shape.
+        dtype: The dtype, such as ``"float32"``.
+        device: The device type.
+        ranks: The global ranks that store it together, ascending; one rank: it is this rank's own.
+        replica: Coordinates on the replicated axes of its mesh.
+        box: What this rank stores.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    ranks: tuple[int, ...]
+    replica: tuple[int, ...]
+    box: Box
+
+
+def read_layout(name: str, param: Tensor, mesh: Mesh | None) -> LocalLayout:
+    """Find out what this rank stores of a parameter.
+
+    Args:
+        name: For messages.
+        param: Plain or DTensor.
+        mesh: Over which plain parameters are replicated; None: they are this rank's own.
 
     Raises:
-        TypeError: for sparse gradients.
+        ValueError: for a DTensor that is not made of shards and replicas, or stores more than one box here.
     """
-    assert grad is not None, "parameters without a gradient are left out before"
+    shape, rank = tuple(param.shape), own_rank()
+    dtype, device = str(param.dtype).removeprefix("torch."), param.device.type
+    dtensor = as_dtensor(param)
+    if dtensor is None:
+        ranks = (rank,) if mesh is None else mesh_ranks(mesh)
+        # copies are told apart by a coordinate, as on the replicated axis of a mesh
+        return LocalLayout(shape, dtype, device, ranks, (ranks.index(rank),), Box.whole(shape))
+    for placement in dtensor.placements:
+        if placement.is_partial():
+            raise ValueError(
+                f"parameter {name!r} has the placements {dtensor.placements}, and sums that are still to be reduced "
+                "cannot be optimized: redistribute it to Replicate() or Shard(dim) first."
+            )
+    device_mesh = dtensor.device_mesh
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(
+            f"parameter {name!r} lives on the mesh of ranks {mesh_ranks(device_mesh)}, and rank {rank} is not among "
+            "them: give the optimizer of this rank its own parameters only."
+        )
+    replica = tuple(
+        int(place) for place, placement in zip(coordinate, dtensor.placements, strict=True) if placement.is_replicate()
+    )
+    with torch.no_grad():
+        stored = tuple(dtensor.to_local().shape)
+    chunks = dtensor.__create_chunk_list__()
+    boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+    if not boxes and 0 in stored:
+        boxes = [Box((0,) * len(shape), stored)]
+    if len(boxes) != 1 or boxes[0].sizes != stored:
+        raise ValueError(
+            f"parameter {name!r} with the placements {dtensor.placements} stores {stored} on rank {rank}, which is "
+            f"not one box of it ({boxes}): shard it by torch's Shard and Replicate placements."
+        )
+    return LocalLayout(shape, dtype, device, mesh_ranks(device_mesh), replica, boxes[0])
+
+
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """The tensor if it is a DTensor, else None."""
+    if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor  # slow to import, and most programs hold none
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank stores of ``tensor``, as a plain tensor that shares its memory."""
+    dtensor = as_dtensor(tensor)
+    with torch.no_grad():
+        return tensor.detach() if dtensor is None else dtensor.to_local()
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> bool:
+    """Look at a gradient without talking to other ranks.
+
+    Args:
+        name: Of the parameter, for messages.
+        param: The parameter.
+        grad: Its gradient.
+
+    Returns:
+        Whether it has to be redistributed first: sequence parallelism, for one, leaves gradients that are
+        still to be summed over an axis of the mesh.
+
+    Raises:
+        TypeError: for a sparse gradient, or one that is a DTensor where the parameter is not.
+        ValueError: for a gradient of another shape.
+    """
     if grad.layout is not torch.strided:
         raise TypeError(
             f"the gradient of {name!r} has the layout {grad.layout}: build the layer with sparse=False, or put "
             "the parameter in an optimizer made for sparse gradients."
         )
-    return grad
-
-
-def local_tensor(name: str, tensor: Tensor) -> Tensor:
-    """The whole of ``tensor`` as a plain local tensor that shares its memory.
-
-    Raises:
-        NotImplementedError: for a DTensor of which this rank holds a part only.
-    """
-    if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
-        return tensor.detach()
-    from torch.distributed.tensor import DTensor  # slow to import, and most programs hold none
-
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    sharded = any(
-        not placement.is_replicate() and tensor.device_mesh.size(axis) > 1
-        for axis, placement in enumerate(tensor.placements)
-    )
-    if sharded:
-        raise NotImplementedError(
-            f"parameter {name!r} is sharded as {tensor.placements} over {tensor.device_mesh.size()} ranks; this "
-            "version updates whole matrices only: keep the model replicated (DDP) or on one rank."
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name!r} has shape {tuple(grad.shape)} and the parameter {tuple(param.shape)}: a "
+            "gradient is set for the whole parameter."
         )
-    whole: Tensor = tensor.to_local()
-    return whole.detach()
+    theirs, ours = as_dtensor(grad), as_dtensor(param)
+    if (theirs is None) != (ours is None):
+        kinds = ["a plain tensor" if tensor is None else "a DTensor" for tensor in (theirs, ours)]
+        raise TypeError(f"the gradient of {name!r} is {kinds[0]} and the parameter {kinds[1]}: make them alike.")
+    return theirs is not None and ours is not None and theirs.placements != ours.placements
+
+
+def local_gradient(param: Tensor) -> Tensor | None:
+    """What this rank stores of a parameter's gradient, as a plain tensor; None where it has none.
+
+    A gradient in other placements than its parameter is redistributed, by all ranks of the mesh together.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    theirs, ours = as_dtensor(grad), as_dtensor(param)
+    if theirs is not None and ours is not None and theirs.placements != ours.placements:
+        grad = theirs.redistribute(ours.device_mesh, ours.placements)
+    return local_tensor(grad)

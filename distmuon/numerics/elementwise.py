@@ -49,3 +49,18 @@ def decay_and_add_(tensors: Tensors, factor: float, others: Tensors, alpha: floa
     for tensor, other in zip(tensors, others, strict=True):
         tensor.mul_(factor)
         tensor.add_(other, alpha=alpha)
+
+
+def add_as_torch_(tensor: Tensor, other: Tensor, alpha: float, *, tall: bool) -> None:
+    """``t <- t + alpha * other`` of 16-bit tensors on a CPU, each element rounded as in a large whole matrix.
+
+    torch's kernel takes ``alpha`` in 16 bits and rounds once in its vector loop, but twice in its scalar loop,
+    which takes the last few elements of a tensor and all of one that is laid out differently from ``other``.
+    torch.optim.Muon adds a transposed view where a matrix is tall, so these are rounded twice. A shard has its
+    last elements elsewhere than the whole matrix, and has to round like it.
+    """
+    rounded = torch.tensor(alpha, dtype=tensor.dtype).item()
+    if tall:
+        tensor.add_(other.to(tensor.dtype) * rounded)
+    else:
+        tensor.copy_(tensor.float().add_(other.to(tensor.dtype).float(), alpha=rounded))

@@ -56,19 +56,48 @@ def orthogonalize(
         ValueError: if ``x`` has fewer than two dimensions, or the coefficients do not fit the steps.
     """
     _check_input(x, batched=batched, compile=compile)
+    out = x.to(dtype or x.dtype, copy=True, memory_format=torch.contiguous_format)
+    return orthogonalize_(
+        out, coefficients=coefficients, steps=steps, eps=eps, dtype=out.dtype, batched=batched, compile=compile
+    )
+
+
+def orthogonalize_(
+    x: Tensor,
+    *,
+    coefficients: Coefficients,
+    steps: int | None,
+    eps: float,
+    dtype: torch.dtype,
+    batched: bool,
+    compile: bool,
+) -> Tensor:
+    """Replace each matrix of ``x`` by its approximate polar factor, with a workspace of a few matrices.
+
+    Args:
+        x: Contiguous matrices ``(..., m, n)``; written. Results are rounded to its dtype.
+        coefficients: See :func:`orthogonalize`, as all that follow.
+        steps: Number of iterations.
+        eps: Smallest Frobenius norm.
+        dtype: Dtype that matrices are rounded to first.
+        batched: Whether matrices are multiplied in batches.
+        compile: Run the batched iteration through :func:`torch.compile`.
+
+    Returns:
+        ``x``.
+    """
     stages = resolve_stages(coefficients, steps)
-    dtype = dtype or x.dtype
     if x.numel() == 0:
-        return x.to(dtype, copy=True)
-    matrices = x.reshape(-1, *x.shape[-2:])
+        return x
+    matrices = x.view(-1, *x.shape[-2:])
     if not batched:
-        return _one_by_one(matrices, stages, eps, dtype).reshape(x.shape)
+        for matrix in matrices:
+            matrix.copy_(_alone(matrix.to(dtype, copy=True), stages, eps))
+        return x
     iterate = _compiled_iterate() if compile else iterate_batch
-    out = torch.empty(matrices.shape, dtype=dtype, device=x.device)
-    size = _batch_size(out[0])
-    for source, target in zip(matrices.split(size), out.split(size), strict=True):
-        target.copy_(iterate(normalize(source.to(dtype), eps), stages))
-    return out.view(x.shape)
+    for part in matrices.split(_batch_size(matrices[0], dtype)):
+        part.copy_(iterate(normalize(part.to(dtype), eps), stages))
+    return x
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
@@ -126,33 +155,24 @@ def _polynomial(gram: Tensor, stage: Stage, addmm: Callable[..., Tensor]) -> tup
     return p, rest if e == 0.0 else rest.add(gram, alpha=e)
 
 
-def _one_by_one(matrices: Tensor, stages: Sequence[Stage], eps: float, dtype: torch.dtype) -> Tensor:
-    """The operations of torch.optim.Muon on each of ``(b, m, n)`` in turn, in their order.
-
-    Tall matrices come back transposed in memory, as from torch.optim.Muon: adding such a view to a bfloat16
-    parameter rounds differently from adding a row-major tensor.
-    """
-    tall = matrices.size(-2) > matrices.size(-1)
-    done = []
-    for matrix in matrices:
-        x = matrix.to(dtype, copy=True)
-        x = x.mT if tall else x
-        x.div_(x.norm().clamp(min=eps if eps > 0.0 else torch.finfo(dtype).tiny))
-        for stage in stages:
-            a, polynomial = _polynomial(x @ x.mT, stage, torch.addmm)
-            x = torch.addmm(x, polynomial, x, beta=a)
-        done.append(x)
-    wide = torch.stack(done)
-    return wide.mT if tall else wide
+def _alone(matrix: Tensor, stages: Sequence[Stage], eps: float) -> Tensor:
+    """The operations of torch.optim.Muon on one ``(m, n)`` in their order; ``matrix`` is written."""
+    tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if tall else matrix
+    x.div_(x.norm().clamp(min=eps if eps > 0.0 else torch.finfo(x.dtype).tiny))
+    for stage in stages:
+        a, polynomial = _polynomial(x @ x.mT, stage, torch.addmm)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
-def _batch_size(matrix: Tensor) -> int:
+def _batch_size(matrix: Tensor, dtype: torch.dtype) -> int:
     """How many matrices like this one are multiplied together, by its shape, dtype and device alone."""
     if matrix.device.type != "cpu":
         return max(1, _DEVICE_BATCH_ELEMENTS // matrix.numel())
     # One matrix a thread at least, and more only while each thread's share stays in its cache
     threads = torch.get_num_threads()
-    matrix_bytes = matrix.numel() * compute_dtype(matrix.dtype, matrix.device).itemsize
+    matrix_bytes = matrix.numel() * compute_dtype(dtype, matrix.device).itemsize
     return threads * max(1, cpu_cache_bytes() // matrix_bytes)
 
 

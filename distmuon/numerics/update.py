@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distmuon.numerics.elementwise import Tensors, copy_, decay_and_add_, lerp, lerp_
+from distmuon.numerics.elementwise import Tensors, add_as_torch_, copy_, decay_and_add_, lerp, lerp_
 
 # What other projects call the same scales: dion spectral_norm and rms_norm, Emerging-Optimizers the rest
 _SCALE_ALIASES = {
@@ -61,7 +61,7 @@ def lr_scale(adjust_lr_fn: str | None, rows: int, cols: int) -> float:
 def blend_momentum(
     grads: Tensors,
     buffers: Tensors,
-    out: Tensors,
+    out: Sequence[Tensor | None],
     *,
     momentum: float,
     nesterov: bool,
@@ -75,15 +75,23 @@ def blend_momentum(
     Args:
         grads: Gradients; not written.
         buffers: Momentum of the same shapes; written.
-        out: Where the blended gradients go, each of its gradient's shape, cast to its own dtype.
+        out: Where the blended gradients go, each of its gradient's shape, cast to its own dtype; None
+            where only the average is wanted.
         momentum: Weight of the past, in [0, 1).
         nesterov: Blend the gradient in once more.
         foreach: See :mod:`distmuon.numerics.elementwise`.
     """
     grads = [grad.to(buffer.dtype) for grad, buffer in zip(grads, buffers, strict=True)]
     lerp_(buffers, grads, 1 - momentum, foreach=foreach)
-    blended = lerp(grads, buffers, momentum, foreach=foreach) if nesterov else buffers
-    copy_(out, blended, foreach=foreach)
+    wanted = [number for number, target in enumerate(out) if target is not None]
+    targets = [target for target in out if target is not None]
+    grads, buffers = [grads[number] for number in wanted], [buffers[number] for number in wanted]
+    if foreach:
+        copy_(targets, lerp(grads, buffers, momentum, foreach=True) if nesterov else buffers, foreach=True)
+        return
+    # one at a time, so that only one blended gradient is held beside its rounded copy
+    for grad, buffer, target in zip(grads, buffers, targets, strict=True):
+        target.copy_(grad.lerp(buffer, momentum) if nesterov else buffer)
 
 
 def apply_direction(
@@ -94,6 +102,8 @@ def apply_direction(
     weight_decay: float,
     scale: float,
     foreach: bool,
+    exact: bool = False,
+    tall: bool = False,
 ) -> None:
     """Decay ``params`` by ``lr * weight_decay`` and step ``-lr * scale`` along ``directions``.
 
@@ -106,6 +116,8 @@ def apply_direction(
         weight_decay: Decoupled decay.
         scale: See :func:`lr_scale`.
         foreach: See :mod:`distmuon.numerics.elementwise`.
+        exact: Round as torch.optim.Muon does, whatever part of the matrix this is.
+        tall: Whether the whole matrices have more rows than columns, which decides that rounding.
     """
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         device_lr = lr.squeeze()
@@ -114,6 +126,11 @@ def apply_direction(
             param.sub_(direction.to(param.dtype) * (device_lr * scale))
         return
     rate = float(lr)
+    if exact and params and params[0].device.type == "cpu" and params[0].dtype.itemsize == 2:
+        for param, direction in zip(params, directions, strict=True):
+            param.mul_(1 - rate * weight_decay)
+            add_as_torch_(param, direction, -rate * scale, tall=tall)
+        return
     decay_and_add_(params, 1 - rate * weight_decay, directions, -rate * scale, foreach=foreach)
 
 

@@ -1,77 +1,152 @@
-"""Which matrices are orthogonalized together."""
+"""The plan of a step: owners, and the buckets that are exchanged and orthogonalized together."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distmuon.plan.matrices import MatrixSpec
+from distmuon.plan.assign import Assignment, assign, balance, lots
+from distmuon.plan.parameters import Holding, ParameterSpec, check_cover
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters whose matrices have one shape and go through the step together.
+    """Matrices of one shape and parameter group that go through the step together.
 
     Attributes:
-        members: Their places in the sequence that was planned.
-        specs: Their matrices, in the same order.
+        group: Index of the parameter group.
+        rows: Rows of every matrix.
+        cols: Columns of every matrix.
+        assignments: What is in it and who owns it.
+        gathers: Whether any matrix has to be moved to its owner.
+        scatters: Whether any update has to be moved from its owner.
+        replicated: Whether every rank of the plan stores all of it.
     """
 
-    members: tuple[int, ...]
-    specs: tuple[MatrixSpec, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of every matrix of the bucket."""
-        return self.specs[0].rows
-
-    @property
-    def cols(self) -> int:
-        """Columns of every matrix of the bucket."""
-        return self.specs[0].cols
+    group: int
+    rows: int
+    cols: int
+    assignments: tuple[Assignment, ...]
+    gathers: bool
+    scatters: bool
+    replicated: bool
 
     @property
     def numel(self) -> int:
-        """Elements of the bucket."""
-        return sum(spec.numel for spec in self.specs)
+        """Elements of all its matrices."""
+        return sum(assignment.count for assignment in self.assignments) * self.rows * self.cols
+
+    def owned_numel(self) -> Counter[int]:
+        """Elements by owner."""
+        owned: Counter[int] = Counter()
+        for assignment in self.assignments:
+            owned[assignment.owner] += assignment.count * self.rows * self.cols
+        return owned
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The buckets of one parameter group, in the order in which they are run."""
+    """Who does what in a step. Equal on every rank, and never saved.
 
+    Attributes:
+        ranks: The global ranks that take part, ascending.
+        parameters: What is planned.
+        buckets: In the order in which they are run.
+    """
+
+    ranks: tuple[int, ...]
+    parameters: tuple[ParameterSpec, ...]
     buckets: tuple[Bucket, ...]
 
+    def loads(self) -> dict[int, int]:
+        """Cost by owner."""
+        loads: Counter[int] = Counter()
+        for bucket in self.buckets:
+            for assignment in bucket.assignments:
+                loads[assignment.owner] += assignment.count * self.parameters[assignment.parameter].cost
+        return dict(loads)
 
-def build_plan(specs: Sequence[MatrixSpec], *, kinds: Sequence[Hashable], bucket_numel: int) -> Plan:
-    """Put matrices of equal shape together, in the order of their first member.
+    @property
+    def imbalance(self) -> float:
+        """Cost of the busiest rank over the mean, 1.0 at best."""
+        return balance(self.loads(), self.ranks)
 
-    A pure function of its arguments.
+    def digest(self) -> str:
+        """SHA-256 of everything in the plan, the same in every process that made the same plan."""
+        sha = hashlib.sha256(repr((self.ranks, self.buckets)).encode())
+        # models repeat a few layouts hundreds of times
+        written: dict[tuple[Holding, ...], str] = {}
+        for spec in self.parameters:
+            if spec.holdings not in written:
+                written[spec.holdings] = hashlib.sha256(repr(spec.holdings).encode()).hexdigest()
+            facts = (spec.matrices, spec.shape, spec.group, spec.kind, spec.cost, written[spec.holdings])
+            sha.update(repr(facts).encode())
+        return sha.hexdigest()
+
+
+def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], bucket_numel: int) -> Plan:
+    """Choose owners and put matrices of equal shape together.
+
+    A pure function of its arguments: it reads no rank, clock or hash seed.
 
     Args:
-        specs: One per parameter.
-        kinds: What must be equal inside a bucket beside the shape, such as device and dtype.
-        bucket_numel: Most elements of a bucket; a single parameter may exceed it.
+        parameters: What is to be planned.
+        ranks: The global ranks that take part.
+        bucket_numel: Most elements that one rank owns of a bucket; a single matrix may exceed it.
 
     Returns:
-        Buckets that hold every parameter exactly once.
+        A plan whose buckets hold every matrix once.
+
+    Raises:
+        ValueError: if the shards of a parameter do not make up the parameter.
     """
-    by_shape: dict[tuple[int, int, Hashable], list[int]] = {}
-    for index, (spec, kind) in enumerate(zip(specs, kinds, strict=True)):
-        by_shape.setdefault((spec.rows, spec.cols, kind), []).append(index)
-    buckets: list[Bucket] = []
-    for members in by_shape.values():
-        open_members: list[int] = []
-        filled = 0
-        for index in members:
-            if open_members and filled + specs[index].numel > bucket_numel:
-                buckets.append(_bucket(specs, open_members))
-                open_members, filled = [], 0
-            open_members.append(index)
-            filled += specs[index].numel
-        buckets.append(_bucket(specs, open_members))
-    return Plan(tuple(buckets))
+    for spec in parameters:
+        check_cover(spec)
+    classes: dict[tuple[int, int, int, str], list[Assignment]] = {}
+    for assignment in assign(parameters, most_numel=bucket_numel):
+        spec = parameters[assignment.parameter]
+        key = (spec.group, spec.matrices.rows, spec.matrices.cols, spec.kind)
+        classes.setdefault(key, []).append(assignment)
+    ordered = tuple(sorted(ranks))
+    buckets = []
+    for (group, rows, cols, _), members in classes.items():
+        for part in _cut(members, rows * cols, bucket_numel):
+            buckets.append(_bucket(group, rows, cols, part, parameters, ordered))
+    return Plan(ordered, tuple(parameters), tuple(buckets))
 
 
-def _bucket(specs: Sequence[MatrixSpec], members: Sequence[int]) -> Bucket:
-    return Bucket(tuple(members), tuple(specs[index] for index in members))
+def _cut(members: Sequence[Assignment], matrix_numel: int, bucket_numel: int) -> list[list[Assignment]]:
+    """Cut matrices of one shape into buckets, of which each owner has its next lot."""
+    by_owner: dict[int, list[Assignment]] = {}
+    for assignment in members:
+        by_owner.setdefault(assignment.owner, []).append(assignment)
+    lot_of: dict[Assignment, int] = {}
+    for owned in by_owner.values():
+        numbers = lots([assignment.count * matrix_numel for assignment in owned], bucket_numel)
+        lot_of.update(zip(owned, numbers, strict=True))
+    parts: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of.values()))]
+    for assignment in members:
+        parts[lot_of[assignment]].append(assignment)
+    return parts
+
+
+def _bucket(
+    group: int,
+    rows: int,
+    cols: int,
+    members: Sequence[Assignment],
+    parameters: Sequence[ParameterSpec],
+    ranks: tuple[int, ...],
+) -> Bucket:
+    gathers = scatters = False
+    replicated = True
+    for assignment in members:
+        spec = parameters[assignment.parameter]
+        box = spec.box_of(assignment.first, assignment.count)
+        holders = [holding for holding in spec.holdings if holding.box.intersect(box) is not None]
+        gathers |= not any(h.rank == assignment.owner and h.box.covers(box) for h in holders)
+        scatters |= any(holding.rank != assignment.owner for holding in holders)
+        replicated &= len(holders) == len(ranks) and all(holding.box.covers(box) for holding in holders)
+    return Bucket(group, rows, cols, tuple(members), gathers, scatters, replicated and len(ranks) > 1)

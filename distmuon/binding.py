@@ -1,0 +1,346 @@
+"""From parameter groups to a plan: read what this rank stores, compare over the ranks, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmuon.comm.agree import raise_on_all
+from distmuon.comm.exchange import Exchange, GroupExchange, LocalExchange
+from distmuon.comm.group import (
+    Mesh,
+    common_ranks,
+    compute_device,
+    distributed,
+    from_every_rank,
+    group_of,
+    mesh_ranks,
+    own_rank,
+    prefers_all_gather,
+    warm_up,
+)
+from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
+from distmuon.groups import Group, group_names
+from distmuon.options import Options
+from distmuon.pipeline import Pipeline
+from distmuon.plan.boxes import Box
+from distmuon.plan.cost import orthogonalization_cost
+from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.parameters import Holding, ParameterSpec
+from distmuon.plan.plan import Plan, build_plan
+from distmuon.stats import StepClock
+
+Key: TypeAlias = "tuple[str, tuple[int, ...]]"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What one rank says of one parameter. All but ``layout.replica`` and ``layout.box`` must agree.
+
+    Attributes:
+        name: The parameter's name.
+        group: Index of its group.
+        use_muon: Whether it is on Muon.
+        flatten: Whether its axes after the first are joined.
+        steps: Newton-Schulz iterations.
+        settings: What else decides its update, for comparison.
+        layout: Where it lies.
+    """
+
+    name: str
+    group: int
+    use_muon: bool
+    flatten: bool
+    steps: int
+    settings: str
+    layout: LocalLayout
+
+    @property
+    def key(self) -> Key:
+        """What tells parameters apart: experts of two meshes may share a name."""
+        return self.name, self.layout.ranks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter of this rank, and what it says of it."""
+
+    param: Tensor
+    fact: Fact
+
+
+@dataclass
+class Part:
+    """The parameters that the same ranks step together, or that this rank steps alone.
+
+    Attributes:
+        pipeline: Runs the matrices among them.
+        keys: All parameters, those of other ranks too, in the order in which they are agreed on.
+        shards: For each key, by global rank: a number that is equal for ranks that store the same elements.
+        entries: This rank's parameters by place in ``keys``.
+        planned: For each parameter of the plan its place in ``keys``.
+        group: The process group; None where this rank is alone.
+        active: With ``static_grads``: which keys take part, once that is known.
+    """
+
+    pipeline: Pipeline
+    keys: tuple[Key, ...]
+    shards: tuple[dict[int, int], ...]
+    entries: dict[int, Entry]
+    planned: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    active: tuple[bool, ...] | None = None
+
+    @property
+    def matrices(self) -> Iterator[tuple[int, Entry]]:
+        """This rank's parameters on Muon, by place in the plan."""
+        rank = self.pipeline.rank
+        for place, (number, spec) in enumerate(zip(self.planned, self.pipeline.plan.parameters, strict=True)):
+            if number in self.entries and any(holding.rank == rank for holding in spec.holdings):
+                yield place, self.entries[number]
+
+
+@dataclass
+class Binding:
+    """What the optimizer found when it last looked at its parameters.
+
+    Attributes:
+        parts: Parameters of several ranks first, then those of this rank alone; either may be missing.
+    """
+
+    parts: list[Part]
+    _seen: list[tuple[bool, list[Tensor], bool]] = field(default_factory=list)
+
+    def fits(self, groups: Sequence[Group]) -> bool:
+        """Whether the groups still hold the parameters that were bound."""
+        return len(self._seen) == len(groups) and all(
+            flatten == group["flatten"]
+            and use_muon == group["use_muon"]
+            and len(params) == len(group["params"])
+            and all(old is new for old, new in zip(params, group["params"], strict=True))
+            for (use_muon, params, flatten), group in zip(self._seen, groups, strict=True)
+        )
+
+
+def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: StepClock) -> Binding:
+    """Read the parameters of all groups and plan their step.
+
+    The ranks that share parameters call this together: what each stores is exchanged once, and compared.
+
+    Args:
+        groups: The parameter groups.
+        options: The settings of the optimizer.
+        mesh: Over which plain parameters are replicated; None: they are this rank's own.
+        clock: Times the phases of a step.
+
+    Raises:
+        ValueError: on every rank, if ranks disagree about a parameter or a setting, or a layout cannot be
+            planned; names the parameter and the ranks.
+    """
+    entries: list[Entry] = []
+    error: Exception | None = None
+    try:
+        entries = list(_entries(groups, mesh))
+    except (TypeError, ValueError) as raised:
+        error = raised
+    meshes = [*_meshes(groups), *([] if mesh is None else [mesh])]
+    ranks = common_ranks({mesh_ranks(known) for known in meshes}) if distributed() else ()
+    parts = []
+    if ranks:
+        parts.append(_shared(entries, error, ranks, meshes, options, clock))
+    elif error is not None:
+        raise error
+    alone = [entry for entry in entries if len(entry.fact.layout.ranks) == 1]
+    if alone:
+        facts = {own_rank(): [entry.fact for entry in alone]}
+        device = alone[0].param.device
+        parts.append(_part(alone, facts, (own_rank(),), LocalExchange(), device, None, options, clock))
+    return Binding(parts, [(group["use_muon"], list(group["params"]), group["flatten"]) for group in groups])
+
+
+def _shared(
+    entries: Sequence[Entry],
+    error: Exception | None,
+    ranks: tuple[int, ...],
+    meshes: Sequence[Mesh],
+    options: Options,
+    clock: StepClock,
+) -> Part:
+    """Exchange facts with the other ranks, and plan; whatever goes wrong anywhere is raised everywhere."""
+    group = group_of(ranks, meshes)
+    raise_on_all(group, error)
+    mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
+    settings = repr((options.bucket_bytes, options.ns_dtype, options.wire_dtype, options.foreach, options.replicas))
+    told = from_every_rank((settings, [entry.fact for entry in mine]), group)
+    device = compute_device(meshes, mine[0].param.device if mine else None)
+    part: Part | None = None
+    try:
+        _compare_settings(ranks, [theirs for theirs, _ in told])
+        facts = {rank: said for rank, (_, said) in zip(ranks, told, strict=True)}
+        part = _part(mine, facts, ranks, GroupExchange(group), device, group, options, clock)
+    except ValueError as raised:
+        error = raised
+    raise_on_all(group, error)
+    assert part is not None, "an error was raised on all ranks"
+    _compare_digests(group, ranks, part.pipeline.plan)
+    warm_up(group, device)
+    return part
+
+
+def _part(
+    mine: Sequence[Entry],
+    facts: dict[int, list[Fact]],
+    ranks: tuple[int, ...],
+    exchange: Exchange,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    options: Options,
+    clock: StepClock,
+) -> Part:
+    merged = _merge(facts)
+    keys = tuple(merged)
+    specs, planned = [], []
+    for number, (holdings, fact) in enumerate(merged.values()):
+        if fact.use_muon:
+            found = list(_specs(holdings, fact, options))
+            specs += found
+            planned += [number] * len(found)
+    plan = build_plan(specs, ranks=ranks, bucket_numel=max(1, options.bucket_bytes // options.wire_dtype.itemsize))
+    by_key = {entry.fact.key: entry for entry in mine}
+    return Part(
+        pipeline=Pipeline(
+            plan=plan,
+            rank=own_rank(),
+            exchange=exchange,
+            device=device,
+            options=options,
+            all_gather=group is not None and prefers_all_gather(group, device),
+            clock=clock,
+        ),
+        keys=keys,
+        shards=tuple(_shard_numbers(holdings) for holdings, _ in merged.values()),
+        entries={number: by_key[key] for number, key in enumerate(keys) if key in by_key},
+        planned=tuple(planned),
+        group=group,
+    )
+
+
+def _entries(groups: Sequence[Group], mesh: Mesh | None) -> Iterator[Entry]:
+    for index, group in enumerate(groups):
+        use_muon, settings = group["use_muon"], "adamw"
+        steps = 0
+        if use_muon:
+            keys = ("momentum", "nesterov", "ns_coefficients", "eps", "adjust_lr_fn")
+            settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
+            steps = group["ns_steps"]
+        for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
+            layout = read_layout(name, param, mesh)
+            yield Entry(param, Fact(name, index, use_muon, group["flatten"], steps, settings, layout))
+
+
+def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
+    seen = set()
+    for group in groups:
+        for param in group["params"]:
+            dtensor = as_dtensor(param)
+            if dtensor is not None and id(dtensor.device_mesh) not in seen:
+                seen.add(id(dtensor.device_mesh))
+                yield dtensor.device_mesh
+
+
+def _merge(facts: dict[int, list[Fact]]) -> dict[Key, tuple[list[Holding], Fact]]:
+    """Put together what the ranks say of each parameter, in the order in which the lowest ranks list them.
+
+    Raises:
+        ValueError: if a parameter is missing on a rank that should store some of it, or differs.
+    """
+    merged: dict[Key, tuple[list[Holding], Fact]] = {}
+    first_rank: dict[Key, int] = {}
+    for rank, said in facts.items():
+        for fact in said:
+            holdings, first = merged.setdefault(fact.key, ([], fact))
+            first_rank.setdefault(fact.key, rank)
+            _compare(first, first_rank[fact.key], fact, rank)
+            holdings.append(Holding(rank, fact.layout.box, fact.layout.replica))
+    for (name, ranks), (holdings, fact) in merged.items():
+        present = {holding.rank for holding in holdings}
+        for rank in ranks:
+            if rank not in present:
+                there = first_rank[name, ranks]
+                near = [other.name for other in facts.get(rank, ()) if other.name == name]
+                how = "on another mesh" if near else "missing"
+                raise ValueError(
+                    f"parameter {name!r} of shape {fact.layout.shape} is on rank {there}, shared by ranks "
+                    f"{ranks}, and {how} on rank {rank}: build the same model and the same groups on every rank."
+                )
+    return merged
+
+
+def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
+    for what, a, b in (
+        ("shape", first.layout.shape, fact.layout.shape),
+        ("dtype", first.layout.dtype, fact.layout.dtype),
+        ("device type", first.layout.device, fact.layout.device),
+        ("group", first.group, fact.group),
+        ("settings", _settings(first), _settings(fact)),
+    ):
+        if a != b:
+            raise ValueError(
+                f"parameter {fact.name!r} has the {what} {a} on rank {first_rank} and {b} on rank {rank}: build the "
+                "same model, with named parameters, and the same groups on every rank."
+            )
+
+
+def _settings(fact: Fact) -> str:
+    return f"{fact.settings}, flatten={fact.flatten}, ns_steps={fact.steps}"
+
+
+def _compare_settings(ranks: Sequence[int], settings: Sequence[str]) -> None:
+    for rank, theirs in zip(ranks, settings, strict=True):
+        if theirs != settings[0]:
+            raise ValueError(
+                "(bucket_bytes, ns_dtype, wire_dtype, foreach, replicas) are "
+                f"{settings[0]} on rank {ranks[0]} and {theirs} on rank {rank}: pass the same on every rank."
+            )
+
+
+def _compare_digests(group: dist.ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:
+    """Plans are made from the same facts, so they differ only between different versions of this package."""
+    digests = from_every_rank((plan.digest(), [repr(spec) for spec in plan.parameters]), group)
+    reference, specs = digests[0]
+    for rank, (digest, others) in zip(ranks, digests, strict=True):
+        if digest != reference:
+            differing = [a for a, b in zip(specs, others, strict=False) if a != b]
+            first = differing[0] if differing else "the buckets"
+            raise ValueError(
+                f"the plans of ranks {ranks[0]} and {rank} differ, first in {first}: run the same version of distmuon "
+                "on every rank."
+            )
+
+
+def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterator[ParameterSpec]:
+    layout = fact.layout
+    matrices = matrix_spec(fact.name, layout.shape, flatten=fact.flatten)
+    by_replica: dict[tuple[int, ...], list[Holding]] = {}
+    for holding in sorted(holdings, key=lambda holding: holding.rank):
+        # an update that each replica computes for itself is that of a parameter of its own
+        by_replica.setdefault(holding.replica if options.replicas == "repeat" else (), []).append(holding)
+    for members in by_replica.values():
+        yield ParameterSpec(
+            matrices=matrices,
+            shape=layout.shape,
+            holdings=tuple(members),
+            group=fact.group,
+            kind=f"{layout.device} {layout.dtype}",
+            cost=orthogonalization_cost(matrices.rows, matrices.cols, fact.steps),
+        )
+
+
+def _shard_numbers(holdings: Sequence[Holding]) -> dict[int, int]:
+    numbers: dict[Box, int] = {}
+    return {holding.rank: numbers.setdefault(holding.box, len(numbers)) for holding in holdings}

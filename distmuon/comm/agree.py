@@ -1,0 +1,113 @@
+"""What all ranks have to know alike before a step: who has gradients, and whether anybody has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from distmuon.comm.group import from_every_rank, sum_over_ranks
+
+# Errors that keep their type when another rank raises them too
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank.
+
+    Attributes:
+        replan: Whether parameters changed on any rank.
+        idle: Whether every rank sees rates of zero and gradients of zero.
+        gradients: For each parameter, how many ranks have a gradient.
+        unreduced: For each parameter, how many ranks have one that must be redistributed first.
+    """
+
+    replan: bool
+    idle: bool
+    gradients: tuple[int, ...]
+    unreduced: tuple[int, ...]
+
+
+def agree(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    replan: bool,
+    idle: bool,
+    gradients: Sequence[bool],
+    unreduced: Sequence[bool],
+    error: Exception | None,
+) -> Agreement:
+    """One small all-reduce; every rank of the group takes part in every step.
+
+    Args:
+        group: The ranks.
+        device: Where tensors of the group live.
+        replan: Whether this rank's parameters changed since the plan was made.
+        idle: Whether this rank sees rates and gradients of zero.
+        gradients: Whether this rank has a gradient, by parameter in the order of the plan.
+        unreduced: Whether that gradient must be redistributed first.
+        error: What this rank could not do.
+
+    Raises:
+        Exception: the error of the lowest rank that has one, on every rank.
+    """
+    flags = [int(error is not None), int(replan), int(idle)]
+    # two counts in one number: a parameter that must be redistributed counts once in the upper half too
+    marks = [int(has) + (int(late) << 15) for has, late in zip(gradients, unreduced, strict=True)]
+    failed, replans, idles, *counts = sum_over_ranks([*flags, *marks], group, device)
+    if failed:
+        raise_on_all(group, error)
+    return Agreement(
+        replans > 0,
+        idles == dist.get_world_size(group),
+        tuple(count & 0x7FFF for count in counts),
+        tuple(count >> 15 for count in counts),
+    )
+
+
+def raise_on_all(group: dist.ProcessGroup, error: Exception | None) -> None:
+    """Raise on every rank what went wrong on the lowest one that has an error; nothing if none has.
+
+    Raises:
+        Exception: of the same kind and text on every rank, with the rank's number in front.
+    """
+    told = None if error is None else (type(error).__name__, str(error))
+    for rank, found in zip(dist.get_process_group_ranks(group), from_every_rank(told, group), strict=True):
+        if found is not None:
+            kind, text = found
+            raise _KINDS.get(kind, RuntimeError)(f"rank {rank}: {text}") from error
+
+
+def check_replicas(
+    group: dist.ProcessGroup, names: Sequence[str], replicas: Sequence[dict[int, int]], present: Sequence[bool]
+) -> None:
+    """Refuse gradients that some ranks of a replicated shard have and others have not.
+
+    Args:
+        group: The ranks.
+        names: Of the parameters in question.
+        replicas: For each, by global rank: a number that is equal for ranks that store the same elements.
+        present: Whether this rank has a gradient of each.
+
+    Raises:
+        ValueError: naming the parameter and the ranks, on every rank.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    everywhere = from_every_rank(list(present), group)
+    for number, name in enumerate(names):
+        found: dict[int, dict[bool, list[int]]] = {}
+        for rank, flags in zip(ranks, everywhere, strict=True):
+            if rank in replicas[number]:
+                shard = found.setdefault(replicas[number][rank], {})
+                shard.setdefault(flags[number], []).append(rank)
+        for by_presence in found.values():
+            if len(by_presence) == 2:
+                raise ValueError(
+                    f"parameter {name!r} is replicated, and ranks {by_presence[True]} have its gradient where ranks "
+                    f"{by_presence[False]} have None: average gradients over the replicas first (DDP with "
+                    "find_unused_parameters=True does), or set it to zeros where it is None."
+                )

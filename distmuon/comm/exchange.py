@@ -1,0 +1,68 @@
+"""Packed buffers between ranks: how shards reach their owner and updates come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distmuon.comm.group import all_gather
+from distmuon.plan.routes import Leg
+
+
+@dataclass
+class Transfer:
+    """An exchange under way. Its buffers are held here until it is waited for.
+
+    Attributes:
+        send: What leaves, 1-D.
+        receive: What arrives, 1-D; not to be read before :meth:`wait`.
+    """
+
+    send: Tensor
+    receive: Tensor
+    work: dist.Work | None = None
+
+    def wait(self) -> None:
+        """Until ``receive`` is filled and ``send`` free: the host on a CPU, the current stream elsewhere."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class Exchange(Protocol):
+    """Moves packed buffers."""
+
+    def start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
+        """Begin to move ``send``; every rank of the plan calls this for the same leg at the same point."""
+
+
+class LocalExchange:
+    """The exchange of a single rank: there is nobody to talk to."""
+
+    def start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
+        """Nothing is moved."""
+        assert leg.send_numel == leg.receive_numel == 0, "a plan of one rank moves nothing"
+        return Transfer(send, receive)
+
+
+class GroupExchange:
+    """The exchange of a process group: one collective a leg.
+
+    Args:
+        group: Whose ranks, ascending, are those of the plan.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
+        """Begin an all-to-all, or an all-gather where every rank sends the same to all."""
+        if leg.gathered is not None:
+            return Transfer(send, receive, all_gather(receive, send, self._group))
+        work = dist.all_to_all_single(
+            receive, send, list(leg.receive_splits), list(leg.send_splits), group=self._group, async_op=True
+        )
+        return Transfer(send, receive, work)

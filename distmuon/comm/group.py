@@ -1,0 +1,140 @@
+"""Which ranks step together, and the process group that they talk over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Mesh: TypeAlias = "DeviceMesh | dist.ProcessGroup"
+
+# torch gives a group of some ranks that was made twice one name, so each is made once in a process
+_MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def distributed() -> bool:
+    """Whether this process has a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def own_rank() -> int:
+    """The global rank of this process, 0 without a process group."""
+    return dist.get_rank() if distributed() else 0
+
+
+def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
+    """The global ranks of a mesh or process group, ascending."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return tuple(sorted(dist.get_process_group_ranks(mesh)))
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def common_ranks(rank_sets: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The ranks that have to step together, from the rank sets of all parameters that are not local.
+
+    That is the set that holds all others, and all ranks of the job where none does: with tensor
+    parallelism inside data parallelism over separate meshes, each rank sees two sets that only together
+    reach everybody.
+    """
+    sets = {ranks for ranks in rank_sets if len(ranks) > 1}
+    if not sets:
+        return ()
+    union = {rank for ranks in sets for rank in ranks}
+    largest = max(sets, key=len)
+    return largest if set(largest) == union else tuple(range(dist.get_world_size()))
+
+
+def group_of(ranks: tuple[int, ...], meshes: Iterable[Mesh]) -> dist.ProcessGroup:
+    """A process group of exactly these ranks: that of a mesh or the job if there is one, else a new one.
+
+    All of the ranks call this together.
+    """
+    for mesh in meshes:
+        if mesh_ranks(mesh) != ranks:
+            continue
+        if isinstance(mesh, dist.ProcessGroup):
+            return mesh
+        if mesh.ndim == 1:
+            return mesh.get_group()
+    if ranks == tuple(range(dist.get_world_size())):
+        world = dist.group.WORLD
+        assert world is not None, "callers have asked distributed() before"
+        return world
+    if ranks not in _MADE or _is_gone(_MADE[ranks]):
+        _MADE[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _MADE[ranks]
+
+
+def compute_device(meshes: Iterable[Mesh], stored: torch.device | None) -> torch.device:
+    """Where matrices are gathered and multiplied: on the devices of the mesh.
+
+    Args:
+        meshes: Of the parameters.
+        stored: Where parameters lie, if there are any; on the host under FSDP's CPU offload, whose mesh is
+            one of accelerators nevertheless.
+    """
+    if stored is not None and stored.type != "cpu":
+        return stored
+    for mesh in meshes:
+        if not isinstance(mesh, dist.ProcessGroup) and mesh.device_type != "cpu":
+            return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+    return torch.device("cpu")
+
+
+def sum_over_ranks(numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Add up one list of whole numbers per rank, place by place; every rank gets the sums."""
+    tensor = torch.tensor(list(numbers), dtype=torch.int32, device=_talks(group, device))
+    dist.all_reduce(tensor, group=group)
+    sums: list[int] = tensor.tolist()
+    return sums
+
+
+def from_every_rank(value: object, group: dist.ProcessGroup) -> list:
+    """The picklable ``value`` of every rank, in the order of ``group``'s ranks."""
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Make all connections of an all-to-all now, at a known place, rather than inside the first exchange."""
+    size = dist.get_world_size(group)
+    dist.all_to_all_single(torch.empty(size, device=device), torch.zeros(size, device=device), group=group)
+
+
+def prefers_all_gather(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether an all-gather is the better way to hand everybody the same.
+
+    NCCL sends it around a ring, so it crosses between nodes once; gloo copies so much that an all-to-all
+    of the same bytes takes a fifth of the time.
+    """
+    return device.type != "cpu" and dist.get_backend(group) != "gloo"
+
+
+def all_gather(output: Tensor, part: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Asynchronous all-gather of equal 1-D parts into ``output``."""
+    # torch 2.13 renamed it and warns of the old name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work | None = gather(output, part, group=group, async_op=True)
+    return work
+
+
+def _talks(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """The host where the group reaches it, since a number read back from an accelerator waits for it."""
+    has_cpu = "cpu" in dist.get_backend_config(group)
+    return torch.device("cpu") if has_cpu else device
+
+
+def _is_gone(group: dist.ProcessGroup) -> bool:
+    """Whether the group was destroyed with the job's process group."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return True
+    return False

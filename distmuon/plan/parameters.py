@@ -1,0 +1,108 @@
+"""Which rank stores what of a parameter: the input of a plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distmuon.plan.boxes import Box
+from distmuon.plan.matrices import MatrixSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one rank stores of a parameter.
+
+    Attributes:
+        rank: The global rank.
+        box: Its elements; may be empty.
+        replica: Coordinates on the replicated axes of the parameter's mesh. Ranks of equal ``replica``
+            store the parameter once among them, and are the ones that it is gathered from.
+    """
+
+    rank: int
+    box: Box
+    replica: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter on Muon as a plan sees it.
+
+    Attributes:
+        matrices: Its name and the matrices in it.
+        shape: Its global shape.
+        holdings: Who stores what, by ascending rank; together the ranks of one replica cover it once.
+        group: Index of its parameter group.
+        kind: What must be equal inside a bucket beside shape and group, such as device and dtype.
+        cost: Relative time to orthogonalize one of its matrices.
+    """
+
+    matrices: MatrixSpec
+    shape: tuple[int, ...]
+    holdings: tuple[Holding, ...]
+    group: int = 0
+    kind: str = ""
+    cost: int = 1
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.matrices.parameter
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of one matrix."""
+        return self.matrices.rows * self.matrices.cols
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis counts matrices."""
+        return len(self.shape) == 3 and self.shape[1:] == (self.matrices.rows, self.matrices.cols)
+
+    @functools.cached_property
+    def replicated(self) -> bool:
+        """Whether elements are stored by more than one rank."""
+        return len({holding.replica for holding in self.holdings}) > 1
+
+    def box_of(self, first: int, count: int) -> Box:
+        """The elements of ``count`` consecutive matrices."""
+        whole = Box.whole(self.shape)
+        if not self.stacked:
+            return whole
+        return Box((first, *whole.offsets[1:]), (count, *whole.sizes[1:]))
+
+
+def check_cover(spec: ParameterSpec) -> None:
+    """Refuse holdings that are not one copy of the parameter for each replica.
+
+    Raises:
+        ValueError: naming the parameter, if boxes overlap, leave its shape, or miss elements.
+    """
+    whole = Box.whole(spec.shape)
+    by_replica: dict[tuple[int, ...], list[Holding]] = {}
+    for holding in spec.holdings:
+        by_replica.setdefault(holding.replica, []).append(holding)
+    for replica, holdings in by_replica.items():
+        parts = [holding for holding in holdings if holding.box.numel]
+        inside = all(whole.covers(holding.box) for holding in parts)
+        if inside and sum(holding.box.numel for holding in parts) == whole.numel and _disjoint(parts):
+            continue
+        boxes = ", ".join(f"rank {h.rank}: {h.box.offsets} + {h.box.sizes}" for h in holdings[:8])
+        raise ValueError(
+            f"the shards of parameter {spec.name!r}, shape {spec.shape}, do not cover it once in replica "
+            f"{replica} ({boxes}): this layout is not one that torch's DTensor shards describe."
+        )
+
+
+def _disjoint(holdings: Sequence[Holding]) -> bool:
+    """Whether no two boxes meet; boxes are ordered by offset, so only those that touch on axis 0 are compared."""
+    ordered = sorted((holding.box for holding in holdings), key=lambda box: box.offsets)
+    for index, box in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.offsets[0] >= box.offsets[0] + box.sizes[0]:
+                break
+            if box.intersect(other) is not None:
+                return False
+    return True

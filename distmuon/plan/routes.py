@@ -1,0 +1,209 @@
+"""One rank's part in the exchange of a bucket: what it packs, what it unpacks, and where that lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distmuon.plan.assign import Assignment
+from distmuon.plan.boxes import Box
+from distmuon.plan.parameters import Holding, ParameterSpec
+from distmuon.plan.plan import Bucket, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements of one assignment that are moved, or updated, together.
+
+    Attributes:
+        slot: Which assignment of the bucket.
+        box: The elements, in coordinates of the parameter.
+        start: Where they lie in a packed buffer, in elements; None where they are in none.
+    """
+
+    slot: int
+    box: Box
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One direction of an exchange, as this rank sees it.
+
+    Attributes:
+        sends: What is packed, in the order in which it lies in the send buffer.
+        receives: What is unpacked.
+        send_splits: Elements for each rank of the plan.
+        receive_splits: Elements from each rank of the plan.
+        gathered: None for an all-to-all. Otherwise every rank sends the same to all: the elements that
+            each contributes to an all-gather, padding included.
+    """
+
+    sends: tuple[Part, ...]
+    receives: tuple[Part, ...]
+    send_splits: tuple[int, ...]
+    receive_splits: tuple[int, ...]
+    gathered: int | None = None
+
+    @property
+    def send_numel(self) -> int:
+        """Elements of the send buffer."""
+        return sum(self.send_splits) if self.gathered is None else self.gathered
+
+    @property
+    def receive_numel(self) -> int:
+        """Elements of the receive buffer."""
+        return sum(self.receive_splits) if self.gathered is None else self.gathered * len(self.receive_splits)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What one rank does with a bucket.
+
+    Attributes:
+        place: By slot that this rank owns, the place of its first matrix in the owned stack.
+        matrices: Number of matrices in the owned stack.
+        held: Every part that this rank stores: its momentum is blended here. ``start`` says where in the
+            gather's send buffer the result goes, None: it is not sent.
+        kept: Parts that this rank both stores and hands to itself as the owner.
+        gather: Shards to owners.
+        updated: Parts that this rank both owns and stores.
+        scatter: Updates from owners to everybody who stores them.
+    """
+
+    place: Mapping[int, int]
+    matrices: int
+    held: tuple[Part, ...]
+    kept: tuple[Part, ...]
+    gather: Leg
+    updated: tuple[Part, ...]
+    scatter: Leg
+
+
+def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | None, all_gather: bool) -> Routes:
+    """Work out one rank's part in a bucket.
+
+    Both ends of every transfer order it alike: by assignment, then by box.
+
+    Args:
+        plan: The plan.
+        bucket: One of its buckets.
+        rank: The global rank.
+        active: Whether each parameter of the plan takes part; None: all do.
+        all_gather: Bring updates of replicated buckets back by an all-gather instead of an all-to-all.
+    """
+    slots = [
+        (slot, assignment)
+        for slot, assignment in enumerate(bucket.assignments)
+        if active is None or active[assignment.parameter]
+    ]
+    index = {member: number for number, member in enumerate(plan.ranks)}
+    gather_out: list[list[Part]] = [[] for _ in plan.ranks]
+    gather_in: list[list[Part]] = [[] for _ in plan.ranks]
+    scatter_out: list[list[Part]] = [[] for _ in plan.ranks]
+    scatter_in: list[list[Part]] = [[] for _ in plan.ranks]
+    held, kept, updated = [], [], []
+    first: dict[int, int] = {}
+    matrices = 0
+    for slot, assignment in slots:
+        spec, owner = plan.parameters[assignment.parameter], assignment.owner
+        mine = _stored(spec, assignment, rank)
+        if owner == rank:
+            first[slot] = matrices
+            matrices += assignment.count
+            for box, holders in _pieces(spec, assignment):
+                part = Part(slot, box, None)
+                source = _source(holders, owner, spec)
+                if source == rank:
+                    kept.append(part)
+                else:
+                    gather_in[index[source]].append(part)
+                for holding in holders:
+                    if holding.rank != rank:
+                        scatter_out[index[holding.rank]].append(part)
+        if mine is None:
+            continue
+        part = Part(slot, mine, None)
+        held.append(part)
+        if owner == rank:
+            updated.append(part)
+            continue
+        scatter_in[index[owner]].append(part)
+        if not spec.replicated or _source(_holders(spec, mine), owner, spec) == rank:
+            gather_out[index[owner]].append(part)
+    gather = _leg(gather_out, gather_in)
+    starts = {(part.slot, part.box): part.start for part in gather.sends}
+    placed = tuple(Part(part.slot, part.box, starts.get((part.slot, part.box))) for part in held)
+    if bucket.replicated and all_gather:
+        scatter = _all_gather_leg(plan, bucket, slots, rank)
+    else:
+        scatter = _leg(scatter_out, scatter_in)
+    return Routes(first, matrices, placed, tuple(kept), gather, tuple(updated), scatter)
+
+
+def _stored(spec: ParameterSpec, assignment: Assignment, rank: int) -> Box | None:
+    box = spec.box_of(assignment.first, assignment.count)
+    for holding in spec.holdings:
+        if holding.rank == rank:
+            return holding.box.intersect(box)
+    return None
+
+
+def _holders(spec: ParameterSpec, box: Box) -> list[Holding]:
+    return [holding for holding in spec.holdings if holding.box.covers(box)]
+
+
+def _pieces(spec: ParameterSpec, assignment: Assignment) -> Iterable[tuple[Box, list[Holding]]]:
+    """The distinct boxes that an assignment is stored in, each with everyone who stores it."""
+    whole = spec.box_of(assignment.first, assignment.count)
+    pieces: dict[Box, list[Holding]] = {}
+    for holding in spec.holdings:
+        box = holding.box.intersect(whole)
+        if box is not None:
+            pieces.setdefault(box, []).append(holding)
+    return sorted(pieces.items(), key=lambda item: item[0].offsets)
+
+
+def _source(holders: Sequence[Holding], owner: int, spec: ParameterSpec) -> int:
+    """Who of those that store a piece hands it to the owner: itself, else the nearest of its own replica."""
+    if any(holding.rank == owner for holding in holders):
+        return owner
+    replica = next((holding.replica for holding in spec.holdings if holding.rank == owner), None)
+    return min(holders, key=lambda h: (h.replica != replica, abs(h.rank - owner), h.rank)).rank
+
+
+def _leg(out: Sequence[Sequence[Part]], into: Sequence[Sequence[Part]]) -> Leg:
+    sends, send_splits = _place(out)
+    receives, receive_splits = _place(into)
+    return Leg(sends, receives, send_splits, receive_splits)
+
+
+def _place(by_rank: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+    """Lay parts one after another."""
+    placed, splits, start = [], [], 0
+    for parts in by_rank:
+        before = start
+        for part in parts:
+            placed.append(Part(part.slot, part.box, start))
+            start += part.box.numel
+        splits.append(start - before)
+    return tuple(placed), tuple(splits)
+
+
+def _all_gather_leg(plan: Plan, bucket: Bucket, slots: Sequence[tuple[int, Assignment]], rank: int) -> Leg:
+    by_owner: dict[int, list[Part]] = {member: [] for member in plan.ranks}
+    for slot, assignment in slots:
+        box = plan.parameters[assignment.parameter].box_of(assignment.first, assignment.count)
+        by_owner[assignment.owner].append(Part(slot, box, None))
+    share = max(sum(part.box.numel for part in parts) for parts in by_owner.values())
+    sends, receives = [], []
+    for index, owner in enumerate(plan.ranks):
+        start = 0
+        for part in by_owner[owner]:
+            if owner == rank:
+                sends.append(Part(part.slot, part.box, start))
+            else:
+                receives.append(Part(part.slot, part.box, index * share + start))
+            start += part.box.numel
+    everyone = (share,) * len(plan.ranks)
+    return Leg(tuple(sends), tuple(receives), everyone, everyone, gathered=share)

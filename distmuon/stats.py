@@ -1,0 +1,71 @@
+"""Where the milliseconds of a step go."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from distmuon.pipeline import Pipeline
+
+PHASES = ("agree", "pack", "wire", "ns", "unpack", "apply", "wait", "adamw")
+
+
+class StepClock:
+    """Times the phases of a step; switched off it costs nothing and waits for nothing.
+
+    On an accelerator phases are marked by events in the current stream and read at the end of the step.
+
+    Args:
+        enabled: Whether to time at all.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.Event, torch.Event]] = []
+        self._device: torch.device | None = None
+
+    def start(self, device: torch.device) -> None:
+        """Begin a step on ``device``."""
+        self._seconds.clear()
+        self._events.clear()
+        self._device = device
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a block as one of :data:`PHASES`; blocks of one name add up."""
+        return self._timed(name) if self.enabled else nullcontext()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Time by phase since :meth:`start`; waits for the device."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1e3
+        self._events.clear()
+        return {name: self._seconds[name] * 1e3 for name in PHASES}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self._device is None or self._device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - began
+            return
+        begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((name, begin, end))
+
+
+def step_stats(clock: StepClock, pipelines: Sequence[Pipeline]) -> dict[str, float]:
+    """The numbers of the last step under the names that logs use."""
+    stats = {f"optim/{name}_ms": value for name, value in clock.milliseconds().items()}
+    stats["optim/bytes_sent"] = float(sum(pipeline.bytes_sent for pipeline in pipelines))
+    stats["optim/imbalance"] = max((pipeline.plan.imbalance for pipeline in pipelines), default=1.0)
+    return stats
