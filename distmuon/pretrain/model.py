@@ -31,7 +31,8 @@ def model_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> 
             f"model.type is {config.type!r}, which this transformers does not know: give a type of one of its "
             "causal language models, such as llama, qwen3, olmo2 or gpt2."
         ) from error
-    known = {*defaults.to_dict(), *defaults.attribute_map}
+    # models read head_dim though the configuration of some, such as qwen3_moe, does not list it
+    known = {*defaults.to_dict(), *defaults.attribute_map, "head_dim"}
     for key in config.config:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
