@@ -342,5 +342,7 @@ def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterato
 
 
 def _shard_numbers(holdings: Sequence[Holding]) -> dict[int, int]:
-    numbers: dict[Box, int] = {}
-    return {holding.rank: numbers.setdefault(holding.box, len(numbers)) for holding in holdings}
+    numbers: dict[Box | int, int] = {}
+    # ranks that store nothing have no elements in common
+    kept = {holding.rank: holding.box if holding.box.numel else holding.rank for holding in holdings}
+    return {rank: numbers.setdefault(box, len(numbers)) for rank, box in kept.items()}
