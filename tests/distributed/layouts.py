@@ -347,23 +347,30 @@ def batch(step, rows=8):
 
 
 def assert_same_bits(twins, optimizer, reference, what=""):
-    """Weights and all state are those of the reference to the bit."""
+    """Weights and all state are those of the reference to the bit; raises on all ranks or on none."""
+    found = []
     for name, param in twins.ours.items():
-        _equal(full(param), twins.whole[name].detach(), f"{what}: weights of {name}, {param.shape}, {param.dtype}")
+        label = f"{what}: {name}, {tuple(param.shape)}, {param.dtype}"
+        found += _difference(full(param), twins.whole[name].detach(), f"{label}, weights")
         expected, actual = reference.state(name), optimizer.state.get(param, {})
-        assert set(actual) == set(expected), f"{what}: state of {name}: {set(actual)}, wanted {set(expected)}"
-        for key in expected:
-            _equal(full(actual[key]), expected[key], f"{what}: {key} of {name}, {param.shape}, {param.dtype}")
+        if set(actual) != set(expected):
+            found.append(f"{label}: state {sorted(actual)}, wanted {sorted(expected)}")
+        for key in sorted(set(actual) & set(expected)):
+            found += _difference(full(actual[key]), expected[key], f"{label}, {key}")
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    texts = [f"rank {rank}: {text}" for rank, texts in enumerate(everywhere) for text in texts]
+    assert not texts, "\n".join(texts)
 
 
-def _equal(actual, expected, what):
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
-    if not torch.equal(actual, expected):
-        difference = (actual.double() - expected.double()).abs()
-        raise AssertionError(
-            f"{what}: {int((difference != 0).sum())} of {difference.numel()} elements differ, by at most "
-            f"{difference.max().item():.3g}, on rank {dist.get_rank()}"
-        )
+def _difference(actual, expected, what):
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return [f"{what}: {actual.shape} {actual.dtype}, wanted {expected.shape} {expected.dtype}"]
+    if torch.equal(actual, expected):
+        return []
+    apart = (actual.double() - expected.double()).abs()
+    count = int((apart != 0).sum())
+    return [f"{what}: {count} of {apart.numel()} elements differ, by at most {apart.max().item():.3g}"]
 
 
 def relative_error(twins, starts):

@@ -1,0 +1,149 @@
+"""Whatever the shapes, meshes, placements and missing gradients: two steps have the bits of one process.
+
+A failure prints the drawn case; ``Pool(4).run(compare, Case(...))`` runs it again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layouts import Reference, Twins, assert_same_bits, distribute, give_gradients, mesh_of, sharded_optimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+WORLD_SIZE = 4
+STEPS = 2
+# Name of a mesh: its axes; on the last two each pair of ranks has a parameter of its own
+MESHES = {"world": 1, "grid": 2, "neighbours": 1, "strided": 1, "none": 0}
+# Names tell layouts.kind_of how a parameter is optimized
+RANKS = {"matrix": (2, 3), "conv": (2, 3, 4), "adamw": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One drawn parameter.
+
+    Attributes:
+        name: Starts with how it is optimized.
+        shape: The global shape.
+        dtype: Name of the dtype.
+        mesh: A key of ``MESHES``.
+        placements: For each axis of the mesh the dimension that is sharded; None: replicated.
+        missing: For each step, at which coordinates of the sharded axes the gradient is None, or ``"all"``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    mesh: str
+    placements: tuple[int | None, ...]
+    missing: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the settings that must not change its bits."""
+
+    parameters: tuple[Parameter, ...]
+    bucket_bytes: int
+    replicas: str
+
+
+@st.composite
+def parameters(draw, number):
+    kind = draw(st.sampled_from(["matrix", "matrix", "conv", "adamw"]))
+    shape = tuple(draw(st.integers(1, 7)) for _ in range(draw(st.sampled_from(RANKS[kind]))))
+    mesh = draw(st.sampled_from(list(MESHES)))
+    dims = [None, *range(len(shape))]
+    placements = tuple(draw(st.sampled_from(dims)) for _ in range(MESHES[mesh]))
+    places = st.tuples(*(st.integers(0, 3 if mesh == "world" else 1) for dim in placements if dim is not None))
+    missing = st.one_of(st.just(frozenset()), st.just("all"), st.frozensets(places, max_size=2))
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float64"]))
+    name = f"{kind}{number}"
+    return Parameter(name, shape, dtype, mesh, placements, tuple(draw(missing) for _ in range(STEPS)))
+
+
+@st.composite
+def cases(draw):
+    matrix = draw(parameters(0).filter(lambda p: p.name.startswith("matrix")))
+    others = [draw(parameters(number)) for number in range(1, draw(st.integers(1, 6)))]
+    bucket_bytes = draw(st.sampled_from([1, 64, 1 << 20]))
+    return Case((matrix, *others), bucket_bytes, draw(st.sampled_from(["share", "repeat"])))
+
+
+def build(case):
+    twins = Twins({}, {}, options={"replicas": case.replicas})
+    grid, rank = mesh_of(2, 2), dist.get_rank()
+    known = {
+        "world": (mesh_of(4), 0),
+        "grid": (grid, 0),
+        "neighbours": (grid["inner"], rank // 2),
+        "strided": (grid["outer"], rank % 2),
+        "none": (None, rank),
+    }
+    for p in case.parameters:
+        mesh, salt = known[p.mesh]
+        placements = [Replicate() if dim is None else Shard(dim) for dim in p.placements]
+        dtype = getattr(torch, p.dtype)
+        distribute(twins, p.name, p.shape, mesh, placements if p.mesh != "none" else None, dtype, salt)
+    return twins
+
+
+def compare(case):
+    """Empty, or what went wrong: an error that all ranks raise alike leaves them fit for the next case."""
+    try:
+        steps_agree(case)
+    except (AssertionError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def steps_agree(case):
+    twins = build(case)
+    optimizer = sharded_optimizer(twins, bucket_bytes=case.bucket_bytes)
+    reference = Reference(twins)
+    drawn = {p.name: p for p in case.parameters}
+    for step in range(STEPS):
+
+        def missing(name, step=step):
+            where, param = drawn[name].missing[step], twins.ours[name]
+            if where == "all":
+                return "all"
+            if not isinstance(param, DTensor):
+                return () in where
+            places = zip(param.device_mesh.get_coordinate(), drawn[name].placements, strict=True)
+            return tuple(place for place, dim in places if dim is not None) in where
+
+        give_gradients(twins, step, missing)
+        # A gradient that is None everywhere is not one of zeros: no step, no state
+        for name, param in twins.ours.items():
+            if everywhere_missing(param):
+                twins.whole[name].grad = None
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step} of {case}")
+
+
+def everywhere_missing(param):
+    count = torch.tensor(int(param.grad is not None))
+    if isinstance(param, DTensor):
+        for axis in range(param.device_mesh.ndim):
+            dist.all_reduce(count, group=param.device_mesh.get_group(axis))
+    return count.item() == 0
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(WORLD_SIZE) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@given(case=cases())
+def test_random_layouts(pool, case):
+    assert pool.run(compare, case) == [""] * WORLD_SIZE
