@@ -61,7 +61,14 @@ def _tokenize(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _check(arguments: Sequence[str]) -> int:
+    from distmuon.checking.command import run_command
+
+    return run_command(arguments)
+
+
 COMMANDS = {
+    "check": Command(_check, "prove that the sharded update of your model is the single-device one"),
     "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
     "tokenize": Command(_tokenize, "turn text into shards of tokens, once for many runs"),
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -149,9 +150,11 @@ class Muon(Optimizer):
             wire_dtype=ns_dtype if wire_dtype is None else wire_dtype,
             replicas=replicas,
             static_grads=static_grads,
+            step_stats=step_stats,
         )
         self._binding: Binding | None = None
         self._clock = StepClock(step_stats)
+        self._momentum_is_split = False
         if mesh is None and isinstance(params, DistributedDataParallel):
             mesh = params.process_group
         self._mesh = mesh
@@ -218,10 +221,59 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        taking_part = self._taking_part()
-        for part, active, idle in taking_part:
+        self._clock.start()
+        for part, active, idle in self._taking_part():
             self._step_part(part, active, create_only=idle)
         return loss
+
+    def owners(self) -> dict[Tensor, int]:
+        """The global rank that orthogonalizes each replicated matrix, by parameter.
+
+        Parameters of which several ranks own a part (stacks of experts) and sharded ones are left out. Known
+        after the first step; empty on a single process.
+        """
+        found: dict[Tensor, int] = {}
+        for part in self._binding.parts if self._binding is not None else ():
+            for place, owner in part.pipeline.plan.sole_owners().items():
+                number = part.planned[place]
+                if number in part.entries:
+                    found[part.entries[number].param] = owner
+        return found
+
+    def start_owner_gradients(self) -> tuple[dict[Tensor, int], dist.ProcessGroup]:
+        """Prepare for gradients that only owners have, as :func:`distmuon.ddp_hook` leaves them.
+
+        All ranks call this together the first time.
+
+        Returns:
+            The owners, and the process group that shares the work.
+
+        Raises:
+            ValueError: if plain parameters are not shared over a process group.
+        """
+        if self._binding is None:
+            self._rebind()
+        assert self._binding is not None
+        part = self._binding.parts[0]
+        if part.group is None:
+            raise ValueError(
+                "ddp_hook needs an optimizer that shares its work: pass the DistributedDataParallel module itself to "
+                "distmuon.Muon, or mesh=ddp_model.process_group."
+            )
+        part.pipeline.owner_gradients = True
+        return self.owners(), part.group
+
+    def consolidate_state_dict(self) -> None:
+        """Bring momentum that only owners keep to all ranks; needed with :func:`distmuon.ddp_hook` alone.
+
+        All ranks call this together, before :meth:`state_dict`.
+        """
+        for part in self._binding.parts if self._binding is not None else ():
+            if part.group is not None and self._momentum_is_split:
+                for param, owner in self.owners().items():
+                    if self.state.get(param):
+                        dist.broadcast(self.state[param]["momentum_buffer"], src=owner, group=part.group)
+        self._momentum_is_split = False
 
     def last_step_stats(self) -> dict[str, float]:
         """Where the last step spent its time on this rank; empty without ``step_stats=True``.
@@ -239,7 +291,15 @@ class Muon(Optimizer):
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
         State keys: ``momentum_buffer`` for matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+
+        Raises:
+            RuntimeError: if momentum is on its owners only and was not consolidated since the last step.
         """
+        if self._momentum_is_split:
+            raise RuntimeError(
+                "with distmuon.ddp_hook each rank keeps momentum of its own matrices only: call "
+                "optimizer.consolidate_state_dict() on all ranks before state_dict()."
+            )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,10 +340,11 @@ class Muon(Optimizer):
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._binding = None
-        self._clock = StepClock(False)
-        self._mesh = None
+        # torch calls this on a copy, which lacks what is not pickled, and on itself when it loads a state dict
+        for key, value in {"_binding": None, "_mesh": None, "_momentum_is_split": False}.items():
+            self.__dict__.setdefault(key, value)
         super().__setstate__(state)
+        self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
 
     def _taking_part(self) -> list[tuple[Part, tuple[bool, ...], bool]]:
         """Each part of the binding, which of its parameters take part, and whether only to create state.
@@ -322,6 +383,7 @@ class Muon(Optimizer):
     def _rebind(self) -> None:
         """Read layouts and plan, again when parameters were added or swapped (accelerate swaps them all)."""
         first = self._binding is None
+        self.consolidate_state_dict()
         self._binding = bind(self.param_groups, self._options, self._mesh, self._clock)
         if first:
             logger.info("routing\n%s", self.report())
@@ -343,6 +405,7 @@ class Muon(Optimizer):
             if active[part.planned[place]]
         }
         part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
+        self._momentum_is_split |= part.pipeline.owner_gradients
         with self._clock.phase("adamw"):
             for index, group in enumerate(self.param_groups):
                 if not group["use_muon"]:

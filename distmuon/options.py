@@ -29,6 +29,7 @@ class Options:
     wire_dtype: torch.dtype
     replicas: str
     static_grads: bool
+    step_stats: bool
 
     def __post_init__(self) -> None:
         for key in ("momentum_dtype", "ns_dtype", "wire_dtype"):

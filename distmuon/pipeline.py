@@ -66,6 +66,8 @@ class Pipeline:
         clock: Times the phases.
         pool: Lends the buffers.
         bytes_sent: Bytes that left this rank in the last step, padding of an all-gather included.
+        owner_gradients: Whether a matrix of one owner has its gradient there alone, so that momentum is kept
+            there alone too.
     """
 
     plan: Plan
@@ -77,6 +79,7 @@ class Pipeline:
     clock: StepClock
     pool: BufferPool = field(default_factory=BufferPool)
     bytes_sent: int = 0
+    owner_gradients: bool = False
     _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
 
     def run(self, groups: Sequence[Group], local: Mapping[int, LocalParameter], active: Sequence[bool]) -> None:
@@ -105,6 +108,7 @@ class Pipeline:
             for position in range(len(steps)):
                 current = arriving
                 assert current is not None
+                self._unpack(current)
                 following = position + 1
                 arriving = self._gather(*steps[following], groups, local, chosen) if following < len(steps) else None
                 self._orthogonalize(current, groups)
@@ -138,7 +142,7 @@ class Pipeline:
         whole = leg.receive_numel == 0
         if whole:
             flight.matrices = kept.view(routes.matrices, bucket.rows, bucket.cols)
-        with self.clock.phase("pack"):
+        with self.clock.phase("pack", self.device):
             self._blend(flight, groups[bucket.group], local, whole=whole)
         if bucket.gathers:
             flight.gather = self._start(leg, send, receive)
@@ -155,7 +159,10 @@ class Pipeline:
                 places[part.slot] = flight.kept[start : start + part.box.numel].view(part.box.sizes)
             start += part.box.numel
         grads, buffers, outs = [], [], []
+        elsewhere = self.plan.sole_owners() if self.owner_gradients else {}
         for part in routes.held:
+            if elsewhere.get(bucket.assignments[part.slot].parameter, self.rank) != self.rank:
+                continue
             mine = local[bucket.assignments[part.slot].parameter]
             buffer = _at(mine.momentum, part.box, mine.box)
             buffers.append(buffer)
@@ -170,26 +177,29 @@ class Pipeline:
             foreach=self._foreach,
         )
 
-    def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
-        """Put whole matrices together and orthogonalize them in place."""
-        bucket, routes = flight.bucket, flight.routes
-        self._wait(flight.gather, bucket)
+    def _unpack(self, flight: _Flight) -> None:
+        """Put whole matrices together from what arrived and what was here."""
+        bucket, routes, gather = flight.bucket, flight.routes, flight.gather
+        self._wait(gather, bucket)
+        self.pool.give(gather.send)
         if flight.matrices is None:
-            with self.clock.phase("unpack"):
+            with self.clock.phase("unpack", self.device):
                 stack = self.pool.take(routes.matrices * bucket.rows * bucket.cols, self._dtype, self.device)
                 flight.matrices = stack.view(routes.matrices, bucket.rows, bucket.cols)
                 for part in routes.gather.receives:
-                    self._view(flight, part).copy_(_packed(flight.gather.receive, part))
+                    self._view(flight, part).copy_(_packed(gather.receive, part))
                 start = 0
                 for part in routes.kept:
                     kept = flight.kept[start : start + part.box.numel].view(part.box.sizes)
                     self._view(flight, part).copy_(kept)
                     start += part.box.numel
             self.pool.give(flight.kept)
-        self.pool.give(flight.gather.send)
-        self.pool.give(flight.gather.receive)
-        group = groups[bucket.group]
-        with self.clock.phase("ns"):
+        self.pool.give(gather.receive)
+
+    def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
+        group = groups[flight.bucket.group]
+        assert flight.matrices is not None
+        with self.clock.phase("ns", self.device):
             orthogonalize_(
                 flight.matrices,
                 coefficients=group["ns_coefficients"],
@@ -208,11 +218,11 @@ class Pipeline:
         if bucket.scatters:
             send = self.pool.take(leg.send_numel, self._dtype, self.device)
             receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
-            with self.clock.phase("pack"):
+            with self.clock.phase("pack", self.device):
                 for part in leg.sends:
                     _packed(send, part).copy_(self._view(flight, part))
             flight.scatter = self._start(leg, send, receive)
-        with self.clock.phase("apply"):
+        with self.clock.phase("apply", self.device):
             self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
         self.pool.give(flight.matrices.view(-1))
         flight.matrices = None
@@ -222,7 +232,7 @@ class Pipeline:
             return
         self._wait(flight.scatter, flight.bucket)
         receives = [part for part in flight.routes.scatter.receives if part.box.numel]
-        with self.clock.phase("apply"):
+        with self.clock.phase("apply", self.device):
             directions = [_packed(flight.scatter.receive, part) for part in receives]
             self._apply(flight, receives, directions, groups, local)
         self.pool.give(flight.scatter.send)
@@ -265,11 +275,11 @@ class Pipeline:
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1
         self.bytes_sent += send.nbytes * copies
-        with self.clock.phase("wire"):
+        with self.clock.phase("wire", self.device):
             return self.exchange.start(leg, send, receive)
 
     def _wait(self, transfer: Transfer, bucket: Bucket) -> None:
-        with self.clock.phase("wait"):
+        with self.clock.phase("wait", self.device):
             try:
                 transfer.wait()
             except RuntimeError as error:

@@ -19,7 +19,7 @@ PHASES = ("agree", "pack", "wire", "ns", "unpack", "apply", "wait", "adamw")
 class StepClock:
     """Times the phases of a step; switched off it costs nothing and waits for nothing.
 
-    On an accelerator phases are marked by events in the current stream and read at the end of the step.
+    On an accelerator phases are marked by events in the current stream, and read when they are asked for.
 
     Args:
         enabled: Whether to time at all.
@@ -29,17 +29,20 @@ class StepClock:
         self.enabled = enabled
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.Event, torch.Event]] = []
-        self._device: torch.device | None = None
 
-    def start(self, device: torch.device) -> None:
-        """Begin a step on ``device``."""
+    def start(self) -> None:
+        """Begin a step."""
         self._seconds.clear()
         self._events.clear()
-        self._device = device
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time a block as one of :data:`PHASES`; blocks of one name add up."""
-        return self._timed(name) if self.enabled else nullcontext()
+    def phase(self, name: str, device: torch.device | None = None) -> AbstractContextManager[None]:
+        """Time a block as one of :data:`PHASES`; blocks of one name add up.
+
+        Args:
+            name: Of the phase.
+            device: Where its work is done; None: on the host.
+        """
+        return self._timed(name, device) if self.enabled else nullcontext()
 
     def milliseconds(self) -> dict[str, float]:
         """Time by phase since :meth:`start`; waits for the device."""
@@ -50,13 +53,13 @@ class StepClock:
         return {name: self._seconds[name] * 1e3 for name in PHASES}
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        if self._device is None or self._device.type == "cpu":
+    def _timed(self, name: str, device: torch.device | None) -> Iterator[None]:
+        if device is None or device.type == "cpu":
             began = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - began
             return
-        begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
         begin.record()
         yield
         end.record()

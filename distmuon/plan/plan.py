@@ -68,6 +68,15 @@ class Plan:
                 loads[assignment.owner] += assignment.count * self.parameters[assignment.parameter].cost
         return dict(loads)
 
+    def sole_owners(self) -> dict[int, int]:
+        """The owner of each parameter that every rank stores whole and one rank owns whole, by place."""
+        owners: dict[int, set[int]] = {}
+        for bucket in self.buckets:
+            for assignment in bucket.assignments:
+                if bucket.replicated:
+                    owners.setdefault(assignment.parameter, set()).add(assignment.owner)
+        return {place: next(iter(found)) for place, found in owners.items() if len(found) == 1}
+
     @property
     def imbalance(self) -> float:
         """Cost of the busiest rank over the mean, 1.0 at best."""

@@ -1,0 +1,234 @@
+"""What an exchange costs: bytes that leave a rank, and memory for the while."""
+
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import distmuon
+
+SHAPES = [(64, 64)] * 8 + [(256, 64)] * 4 + [(64, 256)] * 4
+NUMEL = sum(rows * cols for rows, cols in SHAPES)
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with Pool(2) as two, Pool(4) as four:
+        yield {2: two, 4: four}
+
+
+class Counted:
+    """Bytes that this rank hands to collectives for others, by collective."""
+
+    def __init__(self):
+        self.bytes = {"all_to_all_single": 0, "all_gather": 0}
+        self._all_to_all, self._all_gather = dist.all_to_all_single, distmuon.comm.exchange.all_gather
+
+    def all_to_all_single(self, output, input, output_splits=None, input_splits=None, **keywords):
+        if input_splits is not None:  # else it is the warm-up of the connections
+            assert sum(input_splits) == input.numel()
+            sent = input.numel() - input_splits[dist.get_rank()]
+            self.bytes["all_to_all_single"] += sent * input.itemsize
+        return self._all_to_all(output, input, output_splits, input_splits, **keywords)
+
+    def all_gather(self, output, part, group):
+        self.bytes["all_gather"] += part.nbytes * (dist.get_world_size() - 1)
+        return self._all_gather(output, part, group)
+
+
+def counted_step(optimizer):
+    counted = Counted()
+    with (
+        mock.patch.object(dist, "all_to_all_single", counted.all_to_all_single),
+        mock.patch("distmuon.comm.exchange.all_gather", counted.all_gather),
+    ):
+        optimizer.step()
+    return counted.bytes
+
+
+class Matrices(nn.Module):
+    """Hidden matrices that are never multiplied."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(cols, rows, bias=False) for rows, cols in shapes)
+
+    def forward(self, x):
+        return x
+
+
+def model_of(shapes):
+    torch.manual_seed(0)
+    return Matrices(shapes)
+
+
+def sharded(layout):
+    world = dist.get_world_size()
+    model = model_of(SHAPES)
+    if layout == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    else:
+        fully_shard(model)
+    return model
+
+
+def bytes_of(layout, **keywords):
+    if layout == "ddp":
+        model = model_of(SHAPES)
+        keywords["mesh"] = dist.group.WORLD
+    else:
+        model = sharded(layout)
+    optimizer = distmuon.Muon(model, lr=0.02, **keywords)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return counted_step(optimizer)["all_to_all_single"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 14, 64 << 20])
+def test_fsdp2_sends_the_minimum(pools, world, bucket_bytes):
+    sent = sum(pools[world].run(bytes_of_fsdp, bucket_bytes))
+    # each element goes to its owner and comes back in bfloat16, unless it lives there
+    assert sent == 2 * 2 * NUMEL * (world - 1) // world
+
+
+def bytes_of_fsdp(bucket_bytes):
+    return bytes_of("fsdp", bucket_bytes=bucket_bytes)
+
+
+def bytes_of_fsdp_float32():
+    return bytes_of("fsdp", ns_dtype=torch.float32)
+
+
+def test_the_wire_has_the_dtype_that_newton_schulz_casts_to(pools):
+    assert sum(pools[2].run(bytes_of_fsdp_float32)) == 2 * 4 * NUMEL // 2
+
+
+def bytes_of_ddp():
+    return bytes_of("ddp")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicated_parameters_send_updates_only(pools, world):
+    assert sum(pools[world].run(bytes_of_ddp)) == 2 * NUMEL * (world - 1)
+
+
+def bytes_of_hsdp(replicas):
+    return bytes_of("hsdp", replicas=replicas)
+
+
+def test_hsdp_gathers_inside_a_replica_and_hands_updates_to_all(pools):
+    # up: half of each matrix lives at its owner; down: a half to one rank, both halves to the other replica
+    assert sum(pools[4].run(bytes_of_hsdp, "share")) == 2 * (NUMEL // 2 + NUMEL // 2 + NUMEL)
+    # every replica for itself
+    assert sum(pools[4].run(bytes_of_hsdp, "repeat")) == 2 * 2 * (NUMEL // 2 + NUMEL // 2)
+
+
+def experts_bytes():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    experts = nn.Parameter(distribute_tensor(torch.randn(8, 16, 24), mesh, [Shard(0)]))
+    optimizer = distmuon.Muon([("experts", experts)], lr=0.02)
+    experts.grad = torch.ones_like(experts)
+    optimizer.step()
+    return counted_step(optimizer)
+
+
+def test_whole_experts_stay_where_they_are(pools):
+    for found in pools[4].run(experts_bytes):
+        assert found == {"all_to_all_single": 0, "all_gather": 0}
+
+
+def replicated_by(all_gather):
+    """Updates after three steps, by an all-gather or an all-to-all, and what that sent."""
+    with mock.patch("distmuon.binding.prefers_all_gather", lambda group, device: all_gather):
+        model = model_of([*SHAPES, (5, 7), (3, 9)])
+        optimizer = distmuon.Muon(model, lr=0.02, foreach=False, mesh=dist.group.WORLD, bucket_bytes=1 << 14)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator)
+            sent = counted_step(optimizer)
+        stats = sum(part.pipeline.bytes_sent for part in optimizer._binding.parts)
+        assert stats == sum(sent.values())
+    return [param.detach() for param in model.parameters()], sent
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_gather_and_all_to_all_bring_the_same(pools, world):
+    one, other = pools[world].run(replicated_by, True), pools[world].run(replicated_by, False)
+    for (gathered, sent), (exchanged, sent_too) in zip(one, other, strict=True):
+        assert sent["all_gather"] > 0 == sent["all_to_all_single"]
+        assert sent_too["all_to_all_single"] > 0 == sent_too["all_gather"]
+        assert all(torch.equal(a, b) for a, b in zip(gathered, exchanged, strict=True))
+
+
+def buffers():
+    """Largest bytes of buffers at once beside the largest share of a bucket that a rank owns."""
+    model = sharded("fsdp")
+    optimizer = distmuon.Muon(model, lr=0.02, bucket_bytes=2 * 2 * 64 * 64)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    for _ in range(2):
+        optimizer.step()
+    (part,) = optimizer._binding.parts
+    plan, pool = part.pipeline.plan, part.pipeline.pool
+    assert pool.lent == 0
+    return pool.peak, max(max(bucket.owned_numel().values()) for bucket in plan.buckets) * 2, len(plan.buckets)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_buffers_take_at_most_five_times_what_a_rank_owns_of_a_bucket(pools, world):
+    for peak, owned, buckets in pools[world].run(buffers):
+        assert buckets >= 3
+        assert peak <= 5 * owned
+
+
+def statistics():
+    model = sharded("fsdp")
+    optimizer = distmuon.Muon(model, lr=0.02, step_stats=True)
+    silent = distmuon.Muon(model, lr=0.02)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    silent.step()
+    return optimizer.last_step_stats(), silent.last_step_stats()
+
+
+def test_step_stats(pools):
+    names = {"agree", "pack", "wire", "ns", "unpack", "apply", "wait", "adamw"}
+    for stats, silent in pools[2].run(statistics):
+        assert stats.keys() == {f"optim/{name}_ms" for name in names} | {"optim/bytes_sent", "optim/imbalance"}
+        assert stats["optim/ns_ms"] > 0
+        assert stats["optim/bytes_sent"] == 2 * 2 * NUMEL // 2 // 2
+        assert stats["optim/imbalance"] >= 1
+        assert silent == {}
+
+
+def statistics_of_steps():
+    optimizer = distmuon.Muon(model_of(SHAPES), lr=0.02, mesh=dist.group.WORLD, step_stats=True)
+    sent = []
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        began = time.perf_counter()
+        optimizer.step()
+        elapsed = (time.perf_counter() - began) * 1e3
+        stats = optimizer.last_step_stats()
+        sent.append(stats["optim/bytes_sent"])
+        assert sum(value for name, value in stats.items() if name.endswith("_ms")) <= elapsed
+    return sent
+
+
+def test_step_stats_are_of_one_step(pools):
+    for sent in pools[2].run(statistics_of_steps):
+        assert sent == [NUMEL] * 3
