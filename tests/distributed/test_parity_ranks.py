@@ -1,48 +1,361 @@
-"""Steps over ranks are steps on one process, to the bit, whatever the layout."""
+"""Steps over ranks are steps on one process, to the bit, whatever the layout and the settings."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Pool
-from layouts import LAYOUTS, Reference, assert_same_bits, give_gradients, sharded_optimizer
+from layouts import (
+    LAYOUTS,
+    Reference,
+    Twins,
+    assert_same_bits,
+    distribute,
+    full,
+    give_gradients,
+    groups_of,
+    mesh_of,
+    relative_error,
+    sharded_optimizer,
+)
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import distmuon
 
 
 @pytest.fixture(scope="module")
 def pools():
     made = {}
-    yield lambda world_size: made.setdefault(world_size, Pool(world_size))
+
+    def run(world_size, function, *args, **kwargs):
+        return made.setdefault(world_size, Pool(world_size)).run(_call, function, args, kwargs)
+
+    yield run
     for pool in made.values():
         pool.close()
 
 
-def parity(layout, *, dtype=torch.float32, steps=5, oracle="distmuon", settings=None, ours=None, split=None):
+def _call(function, args, kwargs):
+    return function(*args, **kwargs)
+
+
+# --- what ranks run
+
+
+def parity(
+    layout, *, dtype=torch.float32, steps=5, oracle="distmuon", split=None, settings=None, ours=None, missing=None
+):
+    """Steps both sides from the same gradients and compares after each.
+
+    ``settings`` are of both sides, ``ours`` of the sharded optimizer alone, ``missing`` as in `give_gradients`.
+    """
     twins = LAYOUTS[layout](dtype)
     optimizer = sharded_optimizer(twins, split, **{**(settings or {}), **(ours or {})})
     reference = Reference(twins, oracle, split, **(settings or {}))
     for step in range(steps):
-        give_gradients(twins, step)
+        give_gradients(twins, step, missing or (lambda name: False))
         optimizer.step()
         reference.step()
         assert_same_bits(twins, optimizer, reference, f"{layout}, step {step}")
 
 
-ANY = ["fsdp2 even", "fsdp2 uneven", "fsdp2 few", "ddp", "plain, mesh", "plain, group", "plain, repeat", "plain beside"]
-PAIR = ["fsdp2 columns", "tp", "experts 5 on 2", "experts 1 on 2"]
-FOUR = ["fsdp2 columns", "hsdp even", "hsdp uneven", "hsdp repeat", "tp", "tp x fsdp2", "expert meshes"]
-FOUR += [name for name in LAYOUTS if name.startswith("experts ") and not name.endswith("on 2")]
-WHERE = [(1, name) for name in ANY] + [(2, name) for name in ANY + PAIR] + [(3, name) for name in ANY]
-WHERE += [(4, name) for name in ANY + FOUR]
+def without_gradient(layout, ranks):
+    """Every other parameter has no gradient on these ranks; in the third step nobody has one of the first."""
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer, reference = sharded_optimizer(twins), Reference(twins)
+    names = list(twins.ours)
+    for step in range(4):
+
+        def missing(name, step=step):
+            if step == 2 and name == names[0]:
+                return "all"
+            return dist.get_rank() in ranks and names.index(name) % 2 == 0
+
+        give_gradients(twins, step, missing)
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
 
 
-def run(pool, *args, **kwargs):
-    pool.run(call, *args, kwargs)
+def frozen(layout):
+    twins = LAYOUTS[layout](torch.float32)
+    for name in ("up.weight", "norm.weight"):
+        twins.ours[name].requires_grad_(False)
+    before = {name: full(param).clone() for name, param in twins.ours.items()}
+    optimizer, reference = sharded_optimizer(twins), Reference(twins)
+    for step in range(3):
+        give_gradients(twins, step, lambda name: False if twins.ours[name].requires_grad else "all")
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+    for name, param in twins.ours.items():
+        assert torch.equal(full(param), before[name]) != param.requires_grad
+        assert (param in optimizer.state) == param.requires_grad
 
 
-def call(function, *args):
-    *args, kwargs = args
-    return function(*args, **kwargs)
+def scheduled(layout, tensor_lr):
+    twins = LAYOUTS[layout](torch.float32)
+    settings = dict(lr=torch.tensor(0.02), adamw_lr=torch.tensor(0.01)) if tensor_lr else {}
+    optimizer, reference = sharded_optimizer(twins, **settings), Reference(twins)
+
+    def rate(step):
+        return (step + 1) / 4
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in (optimizer, *reference.optimizers)]
+    for step in range(5):
+        give_gradients(twins, step)
+        optimizer.step()
+        reference.step()
+        if not tensor_lr:
+            assert_same_bits(twins, optimizer, reference, f"step {step}")
+        for scheduler in schedulers:
+            scheduler.step()
+    if tensor_lr:
+        # A rate in float32 is not the number in float64 that the reference has
+        for name, param in twins.ours.items():
+            torch.testing.assert_close(full(param), twins.whole[name].detach(), rtol=1e-5, atol=1e-6)
+
+
+def batched(layout):
+    """The default path: how far it is from the unbatched reference, over how far weights moved."""
+    twins = LAYOUTS[layout](torch.float32)
+    starts = {name: param.detach().clone() for name, param in twins.whole.items()}
+    optimizer, reference = sharded_optimizer(twins, foreach=None), Reference(twins)
+    for step in range(5):
+        give_gradients(twins, step)
+        optimizer.step()
+        reference.step()
+    return relative_error(twins, starts)
+
+
+def in_float64(layout, foreach):
+    twins = LAYOUTS[layout](torch.float64)
+    optimizer = sharded_optimizer(twins, ns_dtype=torch.float64, foreach=foreach)
+    reference = Reference(twins, ns_dtype=torch.float64)
+    for step in range(5):
+        give_gradients(twins, step)
+        optimizer.step()
+        reference.step()
+    for name, param in twins.ours.items():
+        torch.testing.assert_close(full(param), twins.whole[name].detach(), rtol=0.0, atol=1e-10)
+
+
+def last_weights(layout, ours):
+    """The weights after three steps of the sharded side alone."""
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer = sharded_optimizer(twins, **ours)
+    for step in range(3):
+        give_gradients(twins, step)
+        optimizer.step()
+    return {name: full(param) for name, param in twins.ours.items()}
+
+
+def grown(static_grads):
+    """Parameters are added after the first step, over more ranks than those before."""
+    twins, later = Twins({}, {}), Twins({}, {})
+    distribute(twins, "first", (5, 4), mesh_of(2, 2)["inner"], [Shard(0)], torch.float32, salt=dist.get_rank() // 2)
+    distribute(later, "later", (7, 3), mesh_of(4), [Shard(1)], torch.float32)
+    distribute(later, "later.bias", (7,), mesh_of(4), [Shard(0)], torch.float32)
+    optimizer, reference = sharded_optimizer(twins, static_grads=static_grads), Reference(twins)
+    joined = Reference(later)
+    for step in range(4):
+        if step == 2:
+            for group in groups_of(later.ours):
+                optimizer.add_param_group(group)
+        give_gradients(twins, step)
+        optimizer.step() if step < 2 else None
+        reference.step()
+        if step < 2:
+            assert_same_bits(twins, optimizer, reference, f"step {step}")
+            continue
+        give_gradients(later, step)
+        optimizer.step()
+        joined.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+        assert_same_bits(later, optimizer, joined, f"step {step}")
+
+
+def swapped_before(layout):
+    """As accelerate does: built from the whole model, then placeholders, then the sharded parameters."""
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer = distmuon.Muon(groups_of({name: p.detach().clone() for name, p in twins.whole.items()}), lr=0.02,
+                              adamw_lr=0.01, weight_decay=0.1, adamw_weight_decay=0.2, foreach=False)  # fmt: skip
+    for group, sharded in zip(optimizer.param_groups, groups_of(twins.ours), strict=True):
+        for number in range(len(group["params"])):
+            group["params"][number] = torch.empty(1)
+        for number, (_, param) in enumerate(sharded["params"]):
+            group["params"][number] = param
+    reference = Reference(twins)
+    for step in range(3):
+        give_gradients(twins, step)
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+
+
+def swapped_between(layout, placements):
+    """Parameters and state move to another layout after two steps."""
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer, reference = sharded_optimizer(twins), Reference(twins)
+    for step in range(4):
+        if step == 2:
+            _move(twins, optimizer, placements)
+        give_gradients(twins, step)
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+
+
+def _move(twins, optimizer, placements):
+    moved = {}
+    for name, param in twins.ours.items():
+        new = nn.Parameter(param.detach().redistribute(param.device_mesh, placements))
+        state = optimizer.state.pop(param)
+        optimizer.state[new] = {
+            key: value.redistribute(param.device_mesh, placements) if isinstance(value, DTensor) else value
+            for key, value in state.items()
+        }
+        moved[param] = twins.ours[name] = new
+    for group in optimizer.param_groups:
+        group["params"] = [moved[param] for param in group["params"]]
+
+
+def in_bfloat16_over_the_wire(mesh_shape):
+    """Matrices in float32 that are rounded to bfloat16 wherever they might travel; the whole weights."""
+    twins = Twins({}, {})
+    for name, shape in {"wide": (5, 9), "tall": (9, 5), "stack": (3, 4, 6)}.items():
+        distribute(twins, name, shape, mesh_of(*mesh_shape), [Shard(0)], torch.float32)
+    optimizer = sharded_optimizer(twins, ns_dtype=torch.float32, wire_dtype=torch.bfloat16)
+    for step in range(3):
+        give_gradients(twins, step)
+        optimizer.step()
+    return {name: full(param) for name, param in twins.ours.items()}
+
+
+def replicated_gradients():
+    """Gradients may come in other placements than their parameters, as sequence parallelism leaves them."""
+    twins = LAYOUTS["fsdp2 uneven"](torch.float32)
+    optimizer, reference = sharded_optimizer(twins), Reference(twins)
+    for step in range(3):
+        give_gradients(twins, step)
+        for number, param in enumerate(twins.ours.values()):
+            if number % 2:
+                param.grad = param.grad.redistribute(param.device_mesh, [Replicate()])
+        optimizer.step()
+        reference.step()
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+
+
+# --- tests
+
+EVERYWHERE = ["fsdp2 even", "fsdp2 uneven", "fsdp2 few", "ddp", "plain, mesh", "plain, group", "plain, repeat"]
+EVERYWHERE += ["plain beside"]
+ON = {
+    1: EVERYWHERE,
+    2: [*EVERYWHERE, "fsdp2 columns", "tp", "experts 5 on 2", "experts 1 on 2"],
+    3: EVERYWHERE,
+    4: [name for name in LAYOUTS if name != "fsdp2 mixed" and not name.endswith("on 2")],
+}
+WHERE = [(world_size, layout) for world_size, layouts in ON.items() for layout in layouts]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("world_size", "layout"), WHERE)
 def test_layout(pools, world_size, layout, dtype):
-    run(pools(world_size), parity, layout, dtype=dtype)
+    pools(world_size, parity, layout, dtype=dtype)
+
+
+@pytest.mark.slow
+def test_eight_ranks(pools):
+    for layout in ("fsdp2 uneven", "hsdp uneven", "tp x fsdp2"):
+        pools(8, parity, layout, steps=3)
+
+
+TORCH = [(2, "fsdp2 uneven"), (4, "fsdp2 few"), (3, "fsdp2 uneven"), (4, "hsdp uneven"), (4, "tp x fsdp2")]
+TORCH += [(2, "plain, mesh"), (4, "experts 5 on 4"), (4, "experts rows")]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), TORCH)
+def test_bits_of_torch_muon(pools, world_size, layout):
+    pools(world_size, parity, layout, oracle="torch")
+
+
+SPLIT = dict(momentum=0.8, nesterov=False, weight_decay=0.3, lr=0.05, ns_coefficients="polar_express")
+SPLIT |= dict(adjust_lr_fn="match_rms_adamw", ns_steps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (4, "tp x fsdp2")])
+def test_groups_of_other_settings(pools, world_size, layout, dtype):
+    pools(world_size, parity, layout, dtype=dtype, split=SPLIT)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 1 << 30])
+@pytest.mark.parametrize("layout", ["fsdp2 uneven", "hsdp uneven", "expert meshes"])
+def test_buckets_change_no_bit(pools, layout, bucket_bytes):
+    pools(4, parity, layout, steps=3, ours={"bucket_bytes": bucket_bytes})
+
+
+@pytest.mark.parametrize("layout", ["fsdp2 uneven", "plain, mesh", "plain beside"])
+def test_static_grads_change_no_bit(pools, layout):
+    pools(2, parity, layout, ours={"static_grads": True, "step_stats": True})
+
+
+@pytest.mark.parametrize(("dtype", "momentum"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("layout", ["fsdp2 uneven", "plain, mesh"])
+def test_momentum_dtype(pools, layout, dtype, momentum):
+    settings = {"momentum_dtype": getattr(torch, momentum)}
+    pools(2, parity, layout, dtype=getattr(torch, dtype), settings=settings)
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [3], [2, 3], [0, 1, 2]])
+@pytest.mark.parametrize("layout", ["fsdp2 uneven", "fsdp2 few"])
+def test_gradients_missing_on_some_ranks_count_as_zeros(pools, layout, ranks):
+    pools(4, without_gradient, layout, ranks)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (2, "plain, mesh")])
+def test_frozen_parameters_stay(pools, world_size, layout):
+    pools(world_size, frozen, layout)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_scheduler(pools, tensor_lr):
+    pools(2, scheduled, "fsdp2 uneven", tensor_lr)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp even"), (4, "experts 5 on 4")])
+def test_batched_path_is_near(pools, world_size, layout):
+    errors = pools(world_size, batched, layout)
+    print(errors)
+    assert max(errors) < 2e-2
+
+
+@pytest.mark.parametrize("foreach", [False, None])
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (4, "tp x fsdp2")])
+def test_float64(pools, world_size, layout, foreach):
+    pools(world_size, in_float64, layout, foreach)
+
+
+def test_rounding_for_the_wire_is_that_of_one_rank(pools):
+    one, two = (pools(size, in_bfloat16_over_the_wire, (size,))[0] for size in (1, 2))
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.mark.parametrize("static_grads", [False, True])
+def test_groups_added_later(pools, static_grads):
+    pools(4, grown, static_grads)
+
+
+def test_parameters_swapped_before_the_first_step(pools):
+    pools(2, swapped_before, "fsdp2 uneven")
+
+
+@pytest.mark.parametrize("placement", [Shard(-1), Replicate()], ids=str)
+def test_parameters_moved_between_steps(pools, placement):
+    pools(4, swapped_between, "experts 5 on 4", [placement])
+
+
+def test_gradients_in_other_placements(pools):
+    pools(2, replicated_gradients)
