@@ -1,11 +1,14 @@
 """Steps over ranks are steps on one process, to the bit, whatever the layout and the settings."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
 from layouts import (
     LAYOUTS,
+    SETTINGS,
     Reference,
     Twins,
     assert_same_bits,
@@ -42,39 +45,39 @@ def _call(function, args, kwargs):
 # --- what ranks run
 
 
-def parity(
-    layout, *, dtype=torch.float32, steps=5, oracle="distmuon", split=None, settings=None, ours=None, missing=None
-):
-    """Steps both sides from the same gradients and compares after each.
-
-    ``settings`` are of both sides, ``ours`` of the sharded optimizer alone, ``missing`` as in `give_gradients`.
-    """
-    twins = LAYOUTS[layout](dtype)
-    optimizer = sharded_optimizer(twins, split, **{**(settings or {}), **(ours or {})})
-    reference = Reference(twins, oracle, split, **(settings or {}))
-    for step in range(steps):
-        give_gradients(twins, step, missing or (lambda name: False))
+def step_both(twins, optimizer, reference, steps, missing=lambda name, step: False):
+    for step in steps:
+        give_gradients(twins, step, lambda name, step=step: missing(name, step))
         optimizer.step()
         reference.step()
-        assert_same_bits(twins, optimizer, reference, f"{layout}, step {step}")
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
+
+
+def parity(layout, *, dtype=torch.float32, steps=5, oracle="distmuon", split=None, settings=None, ours=None):
+    """Steps both sides and compares after each; ``settings`` are of both, ``ours`` of the sharded optimizer alone."""
+    twins = LAYOUTS[layout](dtype)
+    optimizer = sharded_optimizer(twins, split, **{**(settings or {}), **(ours or {})})
+    step_both(twins, optimizer, Reference(twins, oracle, split, **(settings or {})), range(steps))
 
 
 def without_gradient(layout, ranks):
     """Every other parameter has no gradient on these ranks; in the third step nobody has one of the first."""
     twins = LAYOUTS[layout](torch.float32)
-    optimizer, reference = sharded_optimizer(twins), Reference(twins)
     names = list(twins.ours)
-    for step in range(4):
 
-        def missing(name, step=step):
-            if step == 2 and name == names[0]:
-                return "all"
-            return dist.get_rank() in ranks and names.index(name) % 2 == 0
+    def missing(name, step):
+        if step == 2 and name == names[0]:
+            return "all"
+        return dist.get_rank() in ranks and names.index(name) % 2 == 0
 
-        give_gradients(twins, step, missing)
-        optimizer.step()
-        reference.step()
-        assert_same_bits(twins, optimizer, reference, f"step {step}")
+    step_both(twins, sharded_optimizer(twins), Reference(twins), range(4), missing)
+
+
+def without_gradient_now_and_then():
+    """What has a gradient at all is promised, not on which ranks."""
+    twins = LAYOUTS["fsdp2 uneven"](torch.float32)
+    optimizer = sharded_optimizer(twins, static_grads=True)
+    step_both(twins, optimizer, Reference(twins), range(4), lambda name, step: dist.get_rank() == step % 3)
 
 
 def frozen(layout):
@@ -82,38 +85,64 @@ def frozen(layout):
     for name in ("up.weight", "norm.weight"):
         twins.ours[name].requires_grad_(False)
     before = {name: full(param).clone() for name, param in twins.ours.items()}
-    optimizer, reference = sharded_optimizer(twins), Reference(twins)
-    for step in range(3):
-        give_gradients(twins, step, lambda name: False if twins.ours[name].requires_grad else "all")
-        optimizer.step()
-        reference.step()
-        assert_same_bits(twins, optimizer, reference, f"step {step}")
+    optimizer = sharded_optimizer(twins)
+
+    def missing(name, step):
+        return False if twins.ours[name].requires_grad else "all"
+
+    step_both(twins, optimizer, Reference(twins), range(3), missing)
     for name, param in twins.ours.items():
         assert torch.equal(full(param), before[name]) != param.requires_grad
         assert (param in optimizer.state) == param.requires_grad
 
 
+def listed_in_another_order():
+    twins = LAYOUTS["hsdp uneven"](torch.float32)
+    order = dict(twins.ours)
+    if dist.get_rank() % 2:
+        twins.ours = dict(reversed(order.items()))
+    optimizer = sharded_optimizer(twins)
+    # Comparing needs one order
+    twins.ours = order
+    step_both(twins, optimizer, Reference(twins), range(3))
+
+
+def expert_meshes_that_differ():
+    """Beside what they share, one pair of ranks has two experts and the other one, of another shape."""
+    twins, pair = LAYOUTS["fsdp2 uneven"](torch.float32), dist.get_rank() // 2
+    for name, shape in [("expert", (3, 5, 4)), ("second", (2, 4, 4))] if pair == 0 else [("expert", (4, 5, 4))]:
+        distribute(twins, name, shape, mesh_of(2, 2)["inner"], [Shard(0)], torch.float32, salt=pair)
+    step_both(twins, sharded_optimizer(twins), Reference(twins), range(3))
+
+
+def reloaded(layout):
+    """State of plain ``state_dict()`` goes into a new optimizer."""
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer, reference = sharded_optimizer(twins), Reference(twins)
+    step_both(twins, optimizer, reference, range(2))
+    fresh = sharded_optimizer(twins)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step_both(twins, fresh, reference, range(2, 4))
+
+
 def scheduled(layout, tensor_lr):
     twins = LAYOUTS[layout](torch.float32)
-    settings = dict(lr=torch.tensor(0.02), adamw_lr=torch.tensor(0.01)) if tensor_lr else {}
-    optimizer, reference = sharded_optimizer(twins, **settings), Reference(twins)
 
-    def rate(step):
-        return (step + 1) / 4
+    def rates():
+        # A scheduler writes into a tensor, so each optimizer has its own
+        return dict(lr=torch.tensor(0.02), adamw_lr=torch.tensor(0.01)) if tensor_lr else {}
 
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in (optimizer, *reference.optimizers)]
+    optimizer, reference = sharded_optimizer(twins, **rates()), Reference(twins, **rates())
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(each, lambda step: step / 4) for each in (optimizer, *reference.optimizers)
+    ]
     for step in range(5):
         give_gradients(twins, step)
         optimizer.step()
         reference.step()
-        if not tensor_lr:
-            assert_same_bits(twins, optimizer, reference, f"step {step}")
+        assert_same_bits(twins, optimizer, reference, f"step {step}")
         for scheduler in schedulers:
             scheduler.step()
-    if tensor_lr:
-        # A rate in float32 is not the number in float64 that the reference has
-        for name, param in twins.ours.items():
-            torch.testing.assert_close(full(param), twins.whole[name].detach(), rtol=1e-5, atol=1e-6)
 
 
 def batched(layout):
@@ -151,26 +180,21 @@ def last_weights(layout, ours):
 
 
 def grown(static_grads):
-    """Parameters are added after the first step, over more ranks than those before."""
+    """Parameters are added after the second step, over more ranks than those before."""
     twins, later = Twins({}, {}), Twins({}, {})
     distribute(twins, "first", (5, 4), mesh_of(2, 2)["inner"], [Shard(0)], torch.float32, salt=dist.get_rank() // 2)
     distribute(later, "later", (7, 3), mesh_of(4), [Shard(1)], torch.float32)
     distribute(later, "later.bias", (7,), mesh_of(4), [Shard(0)], torch.float32)
     optimizer, reference = sharded_optimizer(twins, static_grads=static_grads), Reference(twins)
+    step_both(twins, optimizer, reference, range(2))
+    for group in groups_of(later.ours):
+        optimizer.add_param_group(group)
     joined = Reference(later)
-    for step in range(4):
-        if step == 2:
-            for group in groups_of(later.ours):
-                optimizer.add_param_group(group)
+    for step in (2, 3):
         give_gradients(twins, step)
-        optimizer.step() if step < 2 else None
-        reference.step()
-        if step < 2:
-            assert_same_bits(twins, optimizer, reference, f"step {step}")
-            continue
         give_gradients(later, step)
-        optimizer.step()
-        joined.step()
+        for each in (optimizer, reference, joined):
+            each.step()
         assert_same_bits(twins, optimizer, reference, f"step {step}")
         assert_same_bits(later, optimizer, joined, f"step {step}")
 
@@ -178,32 +202,22 @@ def grown(static_grads):
 def swapped_before(layout):
     """As accelerate does: built from the whole model, then placeholders, then the sharded parameters."""
     twins = LAYOUTS[layout](torch.float32)
-    optimizer = distmuon.Muon(groups_of({name: p.detach().clone() for name, p in twins.whole.items()}), lr=0.02,
-                              adamw_lr=0.01, weight_decay=0.1, adamw_weight_decay=0.2, foreach=False)  # fmt: skip
+    whole = {name: param.detach().clone() for name, param in twins.whole.items()}
+    optimizer = distmuon.Muon(groups_of(whole), **SETTINGS)
     for group, sharded in zip(optimizer.param_groups, groups_of(twins.ours), strict=True):
-        for number in range(len(group["params"])):
-            group["params"][number] = torch.empty(1)
+        group["params"] = [torch.empty(1) for _ in group["params"]]
         for number, (_, param) in enumerate(sharded["params"]):
             group["params"][number] = param
-    reference = Reference(twins)
-    for step in range(3):
-        give_gradients(twins, step)
-        optimizer.step()
-        reference.step()
-        assert_same_bits(twins, optimizer, reference, f"step {step}")
+    step_both(twins, optimizer, Reference(twins), range(3))
 
 
 def swapped_between(layout, placements):
     """Parameters and state move to another layout after two steps."""
     twins = LAYOUTS[layout](torch.float32)
     optimizer, reference = sharded_optimizer(twins), Reference(twins)
-    for step in range(4):
-        if step == 2:
-            _move(twins, optimizer, placements)
-        give_gradients(twins, step)
-        optimizer.step()
-        reference.step()
-        assert_same_bits(twins, optimizer, reference, f"step {step}")
+    step_both(twins, optimizer, reference, range(2))
+    _move(twins, optimizer, placements)
+    step_both(twins, optimizer, reference, range(2, 4))
 
 
 def _move(twins, optimizer, placements):
@@ -317,6 +331,23 @@ def test_gradients_missing_on_some_ranks_count_as_zeros(pools, layout, ranks):
 @pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (2, "plain, mesh")])
 def test_frozen_parameters_stay(pools, world_size, layout):
     pools(world_size, frozen, layout)
+
+
+def test_gradients_missing_now_and_then(pools):
+    pools(3, without_gradient_now_and_then)
+
+
+def test_order_of_parameters_may_differ_among_ranks(pools):
+    pools(4, listed_in_another_order)
+
+
+def test_experts_may_differ_among_meshes(pools):
+    pools(4, expert_meshes_that_differ)
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (2, "plain, mesh")])
+def test_state_dict_into_a_new_optimizer(pools, world_size, layout):
+    pools(world_size, reloaded, layout)
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
