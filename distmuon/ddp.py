@@ -9,7 +9,10 @@ from distmuon.comm.owner_reduce import reduce_to_owners
 from distmuon.muon import Muon
 
 
-def ddp_hook(optimizer: Muon, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def ddp_hook(
+    optimizer: Muon,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs leave it out
+) -> torch.futures.Future[Tensor]:
     """Communication hook of DistributedDataParallel that reduces a matrix's gradient to its owner only.
 
     Plain DDP all-reduces every gradient, though only its owner orthogonalizes a matrix. With this hook,

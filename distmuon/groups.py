@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distmuon.comm.layout import check_parameter
 from distmuon.numerics.coefficients import resolve_stages
 from distmuon.numerics.update import resolve_lr_scale
+from distmuon.options import Options
 from distmuon.plan.matrices import matrix_spec
 from distmuon.routing import Route, clean_name, route_module, route_named
 
@@ -186,6 +187,27 @@ def check_group(group: Group, label: str) -> None:
             matrix_spec(name, param.shape, flatten=group["flatten"])
 
 
+def fill_defaults(group: Group, defaults: Mapping[str, Any], options: Options, label: str) -> None:
+    """Complete a group with the optimizer's settings.
+
+    Args:
+        group: One that says ``use_muon``; written.
+        defaults: Of Muon groups.
+        options: Of the optimizer.
+        label: What to call the group in messages.
+
+    Raises:
+        ValueError: for an AdamW group that has no learning rate and can take none.
+    """
+    if not group["use_muon"]:
+        if "lr" not in group:
+            group["lr"] = _adamw_lr(defaults, options, label)
+        group.setdefault("weight_decay", options.adamw_weight_decay)
+        group.setdefault("eps", options.adamw_eps)
+    for key, value in defaults.items():
+        group.setdefault(key, value)
+
+
 def group_names(group: Group, label: str) -> list[str]:
     """Names of a group's parameters, made up from ``label`` where none were given."""
     if group["params"] and isinstance(group["params"][0], tuple):
@@ -217,6 +239,20 @@ def check_disjoint(groups: Sequence[Group]) -> None:
                     "(a tied weight counts once)."
                 )
             seen[id(param)] = label
+
+
+def _adamw_lr(defaults: Mapping[str, Any], options: Options, label: str) -> float | Tensor:
+    if options.adamw_lr is not None:
+        return options.adamw_lr
+    scale = resolve_lr_scale(defaults["adjust_lr_fn"])
+    if scale == "match_rms_adamw":
+        lr: float | Tensor = defaults["lr"]
+        return lr
+    raise ValueError(
+        f"{label} takes AdamW and has no learning rate: with adjust_lr_fn={scale!r} the rate of the matrices "
+        "does not suit AdamW. Pass adamw_lr (3e-4 is common), or adjust_lr_fn='match_rms_adamw', with which "
+        "one lr, that of AdamW, serves both."
+    )
 
 
 def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:

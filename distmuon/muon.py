@@ -12,28 +12,24 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distmuon.binding import Binding, Part, bind
+from distmuon.binding import Binding, bind
 from distmuon.checkpoint import merge_groups, restore_momentum
 from distmuon.comm.group import Mesh
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (
-    Group,
     Params,
     as_groups,
     check_disjoint,
     check_group,
     expand_group,
-    group_names,
+    fill_defaults,
 )
 from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.numerics.coefficients import Coefficients
-from distmuon.numerics.hardware import compute_dtype
-from distmuon.numerics.update import lr_scale, resolve_lr_scale
 from distmuon.options import Options
-from distmuon.participation import agree_on_part, check_promise, rates_are_zero
+from distmuon.participation import Turn, agree_on_turns
 from distmuon.pipeline import LocalParameter
-from distmuon.plan.matrices import matrix_spec
-from distmuon.report import RoutingReport, RoutingRow, plan_note
+from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.stats import StepClock, step_stats
 
 logger = logging.getLogger("distmuon")
@@ -174,7 +170,8 @@ class Muon(Optimizer):
             "name": None,
         }
         super().__init__(groups, defaults)
-        self._check_some_muon()
+        if not any(group["use_muon"] for group in self.param_groups):
+            raise ValueError(nothing_on_muon(self.report()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys.
@@ -190,7 +187,7 @@ class Muon(Optimizer):
         check_disjoint([*self.param_groups, *expanded])
         self._routes.update(routes)
         for group in expanded:
-            self._fill_defaults(group, label)
+            fill_defaults(group, self.defaults, self._options, label)
             check_group(group, label)
             super().add_param_group(group)
 
@@ -222,8 +219,11 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._clock.start()
-        for part, active, idle in self._taking_part():
-            self._step_part(part, active, create_only=idle)
+        for turn in self._turns():
+            self._create_state(turn)
+            if not turn.idle:
+                self._step_matrices(turn)
+                self._step_adamw(turn)
         return loss
 
     def owners(self) -> dict[Tensor, int]:
@@ -313,28 +313,14 @@ class Muon(Optimizer):
         """
         groups = merge_groups(state_dict["param_groups"], self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self._momentum_is_split = False
         if self._options.momentum_dtype is not None:
             restore_momentum(self, state_dict, self._options.momentum_dtype)
 
     def report(self) -> RoutingReport:
         """What each parameter got and why, with effective learning rates as they are now."""
-        rows = []
-        for index, group in enumerate(self.param_groups):
-            label = f"group {index}"
-            for name, param in zip(group_names(group, label), group["params"], strict=True):
-                route = self._routes.get(name)
-                reason = route.reason if route is not None else f"{label} says so"
-                lr, matrices = float(group["lr"]), ""
-                if group["use_muon"]:
-                    spec = matrix_spec(name, param.shape, flatten=group["flatten"])
-                    matrices, lr = str(spec), lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols)
-                algorithm = "muon" if group["use_muon"] else "adamw"
-                rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
-        devices = {param.device for group in self.param_groups if group["use_muon"] for param in group["params"]}
-        notes = [self._precision_note(device) for device in sorted(devices, key=str)]
-        if self._binding is not None:
-            notes += [plan_note(part.pipeline.plan, self._options.wire_dtype) for part in self._binding.parts]
-        return RoutingReport(tuple(rows), tuple(notes))
+        plans = [part.pipeline.plan for part in self._binding.parts] if self._binding is not None else []
+        return build_report(self.param_groups, self._routes, self._options, plans)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
@@ -346,39 +332,17 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
 
-    def _taking_part(self) -> list[tuple[Part, tuple[bool, ...], bool]]:
-        """Each part of the binding, which of its parameters take part, and whether only to create state.
-
-        Only the dummy step of DCP and TorchTitan, rates and gradients of zero, creates state alone: they take
-        it to make lazy state exist, and counted as a step it would change AdamW's bias correction.
-        """
+    def _turns(self) -> list[Turn]:
+        """What each part does in this step, agreed by all ranks."""
         with self._clock.phase("agree"):
-            if self._binding is None:
-                self._rebind()
-            assert self._binding is not None
-            stale = not self._binding.fits(self.param_groups)
-            parts = self._binding.parts
-            if stale and (self._options.static_grads or all(part.group is None for part in parts)):
-                self._rebind()
-                return self._taking_part()
-            zero_rates = rates_are_zero(self.param_groups, read=not self.state)
-            decided: list[tuple[Part, tuple[bool, ...], bool]] = []
-            for part in parts:
-                if part.active is not None and not zero_rates:
-                    check_promise(part)
-                    decided.append((part, part.active, False))
-                    continue
-                agreement = agree_on_part(part, parts, stale=stale, rates_are_zero=zero_rates)
-                if agreement.replan:
+            while True:
+                if self._binding is None:
                     self._rebind()
-                    return self._taking_part()
-                active = tuple(count > 0 for count in agreement.gradients)
-                # what several ranks agreed on, the first part, holds for what this rank has alone
-                idle = decided[0][2] if decided else agreement.idle
-                if self._options.static_grads and not idle and part.group is not None:
-                    part.active = active
-                decided.append((part, active, idle))
-        return decided
+                assert self._binding is not None
+                turns = agree_on_turns(self._binding, self.param_groups, self._options, fresh=not self.state)
+                if turns is not None:
+                    return turns
+                self._rebind()
 
     def _rebind(self) -> None:
         """Read layouts and plan, again when parameters were added or swapped (accelerate swaps them all)."""
@@ -388,12 +352,19 @@ class Muon(Optimizer):
         if first:
             logger.info("routing\n%s", self.report())
 
-    def _step_part(self, part: Part, active: tuple[bool, ...], *, create_only: bool) -> None:
-        for number, entry in part.entries.items():
-            if active[number]:
-                self._muon_state(entry.param) if entry.fact.use_muon else self._adamw_state(entry.param)
-        if create_only:
-            return
+    def _create_state(self, turn: Turn) -> None:
+        for entry in turn.entries:
+            state = self.state[entry.param]
+            if not state and entry.fact.use_muon:
+                dtype = self._options.momentum_dtype
+                state["momentum_buffer"] = torch.zeros_like(
+                    entry.param, dtype=dtype, memory_format=torch.preserve_format
+                )
+            elif not state:
+                state.update(init_state(entry.param, fused=self._options.fused))
+
+    def _step_matrices(self, turn: Turn) -> None:
+        part, active = turn.part, turn.active
         local = {
             place: LocalParameter(
                 box=entry.fact.layout.box,
@@ -406,82 +377,24 @@ class Muon(Optimizer):
         }
         part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
         self._momentum_is_split |= part.pipeline.owner_gradients
-        with self._clock.phase("adamw"):
+
+    def _step_adamw(self, turn: Turn) -> None:
+        with self._clock.phase("adamw", turn.part.pipeline.device):
             for index, group in enumerate(self.param_groups):
-                if not group["use_muon"]:
-                    members = [
-                        entry.param
-                        for number, entry in part.entries.items()
-                        if entry.fact.group == index and active[number]
-                    ]
-                    self._step_adamw(group, members)
-
-    def _step_adamw(self, group: Group, params: Sequence[Tensor]) -> None:
-        if not params:
-            return
-        local = [local_tensor(param) for param in params]
-        grads = [local_gradient(param) for param in params]
-        states = [self.state[param] for param in params]
-        adamw_update(
-            local,
-            # a shard whose gradient other ranks have takes part with zeros
-            [torch.zeros_like(mine) if grad is None else grad for mine, grad in zip(local, grads, strict=True)],
-            [{key: local_tensor(value) for key, value in state.items()} for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            foreach=self._options.foreach,
-            fused=self._options.fused,
-        )
-
-    def _muon_state(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            dtype = self._options.momentum_dtype
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return state
-
-    def _adamw_state(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state.update(init_state(param, fused=self._options.fused))
-        return state
-
-    def _fill_defaults(self, group: Group, label: str) -> None:
-        if not group["use_muon"]:
-            if "lr" not in group:
-                group["lr"] = self._adamw_lr(label)
-            group.setdefault("weight_decay", self._options.adamw_weight_decay)
-            group.setdefault("eps", self._options.adamw_eps)
-        for key, value in self.defaults.items():
-            group.setdefault(key, value)
-
-    def _adamw_lr(self, label: str) -> float | Tensor:
-        if self._options.adamw_lr is not None:
-            return self._options.adamw_lr
-        scale = resolve_lr_scale(self.defaults["adjust_lr_fn"])
-        if scale == "match_rms_adamw":
-            return self.defaults["lr"]
-        raise ValueError(
-            f"{label} takes AdamW and has no learning rate: with adjust_lr_fn={scale!r} the rate of the matrices "
-            "does not suit AdamW. Pass adamw_lr (3e-4 is common), or adjust_lr_fn='match_rms_adamw', with which "
-            "one lr, that of AdamW, serves both."
-        )
-
-    def _check_some_muon(self) -> None:
-        if any(group["use_muon"] for group in self.param_groups):
-            return
-        raise ValueError(
-            "no parameter goes to Muon:\n"
-            f"{self.report()}\n"
-            "Pass muon_names or groups with use_muon=True. If the matrices of the model are 1-D here, they were "
-            "flattened (FSDP1, ZeRO): shard with torch.distributed.fsdp.fully_shard instead. For AdamW alone "
-            "use torch.optim.AdamW."
-        )
-
-    def _precision_note(self, device: torch.device) -> str:
-        asked = self._options.ns_dtype
-        held = asked if self._options.foreach is False else compute_dtype(asked, device)
-        note = "" if held is asked else f", iterates in {held}: this device multiplies {asked} in software"
-        return f"Newton-Schulz on {device}: {asked}{note}."
+                params = [entry.param for entry in turn.entries if entry.fact.group == index]
+                if group["use_muon"] or not params:
+                    continue
+                local = [local_tensor(param) for param in params]
+                grads = [local_gradient(param) for param in params]
+                adamw_update(
+                    local,
+                    # a shard whose gradient other ranks have takes part with zeros
+                    [torch.zeros_like(mine) if grad is None else grad for mine, grad in zip(local, grads, strict=True)],
+                    [{key: local_tensor(value) for key, value in self.state[param].items()} for param in params],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    foreach=self._options.foreach,
+                    fused=self._options.fused,
+                )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from distmuon.groups import Group, group_names
+from distmuon.numerics.hardware import compute_dtype
+from distmuon.numerics.update import lr_scale
+from distmuon.options import Options
+from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.plan import Plan
+from distmuon.routing import Route
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,54 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def plan_note(plan: Plan, dtype: torch.dtype) -> str:
+def build_report(
+    groups: Sequence[Group], routes: Mapping[str, Route], options: Options, plans: Sequence[Plan]
+) -> RoutingReport:
+    """Say of every parameter what it gets and why, with effective learning rates as they are now.
+
+    Args:
+        groups: The parameter groups of an optimizer.
+        routes: Of the parameters that were routed.
+        options: The settings of the optimizer.
+        plans: Of its steps, once they are known.
+    """
+    rows = []
+    for index, group in enumerate(groups):
+        label = f"group {index}"
+        for name, param in zip(group_names(group, label), group["params"], strict=True):
+            route = routes.get(name)
+            reason = route.reason if route is not None else f"{label} says so"
+            lr, matrices = float(group["lr"]), ""
+            if group["use_muon"]:
+                spec = matrix_spec(name, param.shape, flatten=group["flatten"])
+                matrices, lr = str(spec), lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols)
+            algorithm = "muon" if group["use_muon"] else "adamw"
+            rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
+    devices = {param.device for group in groups if group["use_muon"] for param in group["params"]}
+    notes = [_precision_note(device, options) for device in sorted(devices, key=str)]
+    notes += [_plan_note(plan, options.wire_dtype) for plan in plans]
+    return RoutingReport(tuple(rows), tuple(notes))
+
+
+def nothing_on_muon(report: RoutingReport) -> str:
+    """The message for an optimizer that would be AdamW alone."""
+    return (
+        "no parameter goes to Muon:\n"
+        f"{report}\n"
+        "Pass muon_names or groups with use_muon=True. If the matrices of the model are 1-D here, they were "
+        "flattened (FSDP1, ZeRO): shard with torch.distributed.fsdp.fully_shard instead. For AdamW alone "
+        "use torch.optim.AdamW."
+    )
+
+
+def _precision_note(device: torch.device, options: Options) -> str:
+    asked = options.ns_dtype
+    held = compute_dtype(asked, device) if options.batched else asked
+    note = "" if held is asked else f", iterates in {held}: this device multiplies {asked} in software"
+    return f"Newton-Schulz on {device}: {asked}{note}."
+
+
+def _plan_note(plan: Plan, dtype: torch.dtype) -> str:
     """Who does the work, and how much memory that takes for the while."""
     owned = max((max(bucket.owned_numel().values()) for bucket in plan.buckets), default=0) * dtype.itemsize
     if len(plan.ranks) == 1:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def reduce_to_owners(
-    bucket: dist.GradBucket, owners: Mapping[Tensor, int], group: dist.ProcessGroup
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs leave it out
+    owners: Mapping[Tensor, int],
+    group: dist.ProcessGroup,
 ) -> torch.futures.Future[Tensor]:
     """Average each gradient of a DDP bucket over the ranks, on its owner alone where it has one.
 
