@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.agree import raise_on_all
 from distmuon.comm.exchange import Exchange, GroupExchange, LocalExchange
 from distmuon.comm.group import (
     Mesh,
+    ProcessGroup,
     common_ranks,
     compute_device,
     distributed,
@@ -93,7 +93,7 @@ class Part:
     shards: tuple[dict[int, int], ...]
     entries: dict[int, Entry]
     planned: tuple[int, ...]
-    group: dist.ProcessGroup | None
+    group: ProcessGroup | None
     active: tuple[bool, ...] | None = None
 
     @property
@@ -198,7 +198,7 @@ def _part(
     ranks: tuple[int, ...],
     exchange: Exchange,
     device: torch.device,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
     options: Options,
     clock: StepClock,
 ) -> Part:
@@ -309,7 +309,7 @@ def _compare_settings(ranks: Sequence[int], settings: Sequence[str]) -> None:
             )
 
 
-def _compare_digests(group: dist.ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:
+def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:
     """Plans are made from the same facts, so they differ only between different versions of this package."""
     digests = from_every_rank((plan.digest(), [repr(spec) for spec in plan.parameters]), group)
     reference, specs = digests[0]

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind
 from distmuon.checkpoint import merge_groups, restore_momentum
-from distmuon.comm.group import Mesh
+from distmuon.comm.group import Mesh, ProcessGroup, broadcast
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (
     Params,
@@ -240,7 +239,7 @@ class Muon(Optimizer):
                     found[part.entries[number].param] = owner
         return found
 
-    def start_owner_gradients(self) -> tuple[dict[Tensor, int], dist.ProcessGroup]:
+    def start_owner_gradients(self) -> tuple[dict[Tensor, int], ProcessGroup]:
         """Prepare for gradients that only owners have, as :func:`distmuon.ddp_hook` leaves them.
 
         All ranks call this together the first time.
@@ -272,7 +271,7 @@ class Muon(Optimizer):
             if part.group is not None and self._momentum_is_split:
                 for param, owner in self.owners().items():
                     if self.state.get(param):
-                        dist.broadcast(self.state[param]["momentum_buffer"], src=owner, group=part.group)
+                        broadcast(self.state[param]["momentum_buffer"], owner, part.group)
         self._momentum_is_split = False
 
     def last_step_stats(self) -> dict[str, float]:

@@ -36,6 +36,14 @@ def test_direction_of_imports(room):
                 assert name != forbidden and not name.startswith(forbidden + "."), f"{path}: {name}"
 
 
+def test_process_groups_stay_in_their_rooms():
+    """The hook of DDP, the checker and the trainer make or take groups; the step leaves them to ``comm``."""
+    allowed = ("comm/", "ddp.py", "checking/", "pretrain/")
+    for path in PACKAGE.rglob("*.py"):
+        if not str(path.relative_to(PACKAGE)).startswith(allowed):
+            assert not any(name.startswith("torch.distributed") for name in imports(path)), path
+
+
 def test_core_imports_torch_alone():
     code = (
         "import sys, torch; before = set(sys.modules); import distmuon; "

@@ -12,7 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Mesh: TypeAlias = "DeviceMesh | dist.ProcessGroup"
+ProcessGroup: TypeAlias = dist.ProcessGroup
+Mesh: TypeAlias = "DeviceMesh | ProcessGroup"
 
 # torch gives a group of some ranks that was made twice one name, so each is made once in a process
 _MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -100,6 +101,11 @@ def from_every_rank(value: object, group: dist.ProcessGroup) -> list:
     values: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """Overwrite ``tensor`` on all ranks by that of the global rank ``source``."""
+    dist.broadcast(tensor, src=source, group=group)
 
 
 def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
