@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,9 @@ from distmuon.comm.group import Mesh, distributed, own_rank
 from distmuon.comm.layout import local_tensor
 from distmuon.numerics.update import resolve_lr_scale
 
-Found = dict[str, Measure]
+Found: TypeAlias = "dict[str, Measure]"
+
+_REPORT_IT = "leave out options and modules until it passes, and report what is left with this table"
 
 
 def check(
@@ -64,7 +67,7 @@ def check(
     - *start*: ``shard_fn`` leaves the weights of ``model_fn`` as they are.
     - *exact*: with ``foreach=False``, weights and optimizer state are those of one device after every step, bit
       for bit.
-    - *update*: so they are with the options that were given, within ``tolerance``.
+    - *update*: so they are with the options that were given, within ``tolerance``, on drawn gradients.
     - *replicas*: all ranks end with the same whole weights.
     - *accumulation*: the gradients of ``micro_batches`` backward passes are those of one pass over the sum of
       their losses, within the square root of the precision of the forward pass. Only with ``batch_fn``.
@@ -80,7 +83,8 @@ def check(
             model is taken as it is.
         batch_fn: ``batch_fn(model, step, micro_batch)`` gives the scalar loss of a batch, with ``step`` from 1 and
             ``micro_batch`` from 0; both sides then step with the gradients of the sharded model. None: gradients
-            are drawn at random, from the name of the parameter and the step, and no forward pass is run.
+            are drawn from a normal distribution, by the name of the parameter and the step, and no forward pass is
+            run.
         steps: Optimizer steps.
         micro_batches: Backward passes of a step, with ``batch_fn``.
         mesh: As for :class:`distmuon.Muon`: over which plain parameters are replicated.
@@ -100,86 +104,113 @@ def check(
         raise ValueError(f"steps={steps} and micro_batches={micro_batches}: take 1 or more of each.")
     options = _with_rates(muon_options)
     recipe = Recipe(model_fn, shard_fn, batch_fn, micro_batches, mesh)
-    exact_options = {**options, "foreach": False, "compile": False, "fused": None}
-    exact = _Run(recipe, exact_options, steps, 0.0)
+    exact = _compare(recipe, {**options, "foreach": False, "compile": False, "fused": None}, steps, 0.0)
     asked = exact
     if options.get("foreach") is not False:
-        asked = _Run(recipe, options, steps, tolerance)
-    lines = [
-        line("start", "the sharded weights are those of model_fn, bit for bit", list(exact.start.items())),
-        line("exact", f"{steps} steps of one device, bit for bit (foreach=False)", exact.measures),
-        _update_line(asked, exact, steps),
-        line("replicas", "all ranks hold the same weights", list(asked.replicas.items())),
+        # gradients of small batches are nearly of low rank, and Newton-Schulz makes updates of their rounding noise
+        asked = _compare(replace(recipe, batch_fn=None), options, steps, tolerance)
+    lines = (
+        line(
+            "start",
+            "the sharded weights are those of model_fn, bit for bit",
+            "make the weights in model_fn, alike on every rank, and let shard_fn only shard",
+            list(exact.start.items()),
+        ),
+        line("exact", f"{steps} steps of one device, bit for bit (foreach=False)", _REPORT_IT, exact.measures),
+        _update_line(exact, asked, steps),
+        line(
+            "replicas",
+            "all ranks hold the same weights",
+            "hand over the DistributedDataParallel module, or mesh=, and average gradients over the replicas",
+            list(asked.replicas.items()),
+        ),
         _accumulation(recipe, options),
         _resume(recipe, options, steps),
-    ]
-    return CheckReport(_setting(recipe, asked), tuple(lines), _rows(exact, asked))
+    )
+    return CheckReport(_setting(recipe, asked), lines, _rows(exact, asked))
 
 
-class _Run:
-    """Both sides, stepped with the same gradients and compared after every step.
+@dataclass(frozen=True)
+class _Compared:
+    """What is left of two sides that were stepped with the same gradients and compared after every step.
 
     Attributes:
-        start: How far the weights are apart before the first step; the single side then takes the sharded ones.
-        weights: The worst of all steps and ranks, by parameter, as the two that follow.
-        state: Optimizer state.
-        replicas: Whether ranks agree.
+        start: By parameter, how far weights are apart before the first step; the worst of all ranks.
+        weights: The worst of all steps and ranks.
+        state: The same of the optimizer state.
+        replicas: Whether ranks agree after the last step.
+        facts: Algorithm, layout and owner.
+        device: Where the single side is.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        options: Mapping[str, Any],
-        steps: int,
-        tolerance: float | None,
-    ) -> None:
-        self.sharded = sharded_side(recipe, options)
-        self.single = single_side(recipe, options, self.sharded)
-        self.start = self._align()
-        begin = {name: param.detach().clone() for name, param in self.single.params.items()}
-        bars = dict.fromkeys(begin, tolerance) if tolerance is not None else self._default_bars(options)
-        weights: dict[str, list[Measure]] = {name: [] for name in begin}
-        state: dict[str, list[Measure]] = {name: [Measure(0.0, 0.0, "state")] for name in begin}
-        for step in range(1, steps + 1):
-            _give_gradients(self.sharded, recipe, step)
-            gradients = whole_gradients(self.sharded)
-            for name, param in self.single.params.items():
-                param.grad = gradients[name].to(param.device, copy=True) if name in gradients else None
-            self.sharded.optimizer.step()
-            self.single.optimizer.step()
-            for name, param in self.single.params.items():
-                found = whole(self.sharded.params[name])
-                weights[name].append(weight_measure(found, param, begin[name], bars[name], step))
-                state[name] += state_measures(name, self.sharded, self.single, tolerance, step)
-        self.weights: Found = agreed({name: worst(found) for name, found in weights.items()})
-        self.state: Found = agreed({name: worst(found) for name, found in state.items()})
-        self.replicas = same_everywhere(self.sharded)
+    start: Found
+    weights: Found
+    state: Found
+    replicas: Found
+    facts: dict[str, tuple[str, str, str]]
+    device: torch.device
 
     @property
     def measures(self) -> list[tuple[str, Measure]]:
         """By parameter, weights before state."""
         return [(name, found[name]) for name in self.weights for found in (self.weights, self.state)]
 
-    def _default_bars(self, options: Mapping[str, Any]) -> dict[str, float]:
-        ns_dtype = options.get("ns_dtype", torch.bfloat16)
-        wire_dtype = options.get("wire_dtype") or ns_dtype
-        return {
-            name: default_tolerance(ns_dtype, wire_dtype, param.device)
-            if self.single.algorithms[name] == "muon"
-            else elementwise_tolerance(param.dtype)
-            for name, param in self.single.params.items()
-        }
 
-    def _align(self) -> Found:
-        found: Found = {}
-        for name, param in self.single.params.items():
-            gathered = whole(self.sharded.params[name]).to(param.device)
-            note = "" if gathered.dtype == param.dtype else f"{gathered.dtype} where model_fn has {param.dtype}"
-            error = relative(gathered, param, largest_entry(param))
-            found[name] = Measure(error, 0.0, "weights", 0, own_rank(), note)
-            # whatever is wrong here is told once, and the steps that follow are compared from where they begin
-            param.data = gathered.clone()
-        return agreed(found)
+def _compare(recipe: Recipe, options: Mapping[str, Any], steps: int, tolerance: float | None) -> _Compared:
+    sharded = sharded_side(recipe, options)
+    single = single_side(recipe, options, sharded)
+    start = _align(sharded, single)
+    begin = {name: param.detach().clone() for name, param in single.params.items()}
+    bars = dict.fromkeys(begin, tolerance) if tolerance is not None else _default_bars(single, options)
+    weights: dict[str, list[Measure]] = {name: [] for name in begin}
+    state: dict[str, list[Measure]] = {name: [Measure(0.0, 0.0, "state")] for name in begin}
+    for step in range(1, steps + 1):
+        _give_gradients(sharded, recipe, step)
+        gradients = whole_gradients(sharded)
+        for name, param in single.params.items():
+            param.grad = gradients[name].to(param.device, copy=True) if name in gradients else None
+        sharded.optimizer.step()
+        single.optimizer.step()
+        for name, param in single.params.items():
+            found = whole(sharded.params[name])
+            weights[name].append(weight_measure(found, param, begin[name], bars[name], step))
+            state[name] += state_measures(name, sharded, single, tolerance, step)
+    owners = plan_owners(sharded)
+    return _Compared(
+        start=start,
+        weights=agreed({name: worst(found) for name, found in weights.items()}),
+        state=agreed({name: worst(found) for name, found in state.items()}),
+        replicas=same_everywhere(sharded),
+        facts={
+            name: (sharded.algorithms[name], describe_layout(param), owners.get(name, ""))
+            for name, param in sharded.params.items()
+        },
+        device=next(iter(single.params.values())).device,
+    )
+
+
+def _align(sharded: Side, single: Side) -> Found:
+    """Compare weights before the first step, and let the single side begin where the sharded one does."""
+    found: Found = {}
+    for name, param in single.params.items():
+        gathered = whole(sharded.params[name]).to(param.device)
+        note = "" if gathered.dtype == param.dtype else f"{gathered.dtype} where model_fn has {param.dtype}"
+        error = relative(gathered, param, largest_entry(param))
+        found[name] = Measure(error, 0.0, "weights", 0, own_rank(), note)
+        # what is wrong here is told once, and not again with every step
+        param.data = gathered.clone()
+    return agreed(found)
+
+
+def _default_bars(single: Side, options: Mapping[str, Any]) -> dict[str, float]:
+    ns_dtype = options.get("ns_dtype", torch.bfloat16)
+    wire_dtype = options.get("wire_dtype") or ns_dtype
+    return {
+        name: default_tolerance(ns_dtype, wire_dtype, param.device)
+        if single.algorithms[name] == "muon"
+        else elementwise_tolerance(param.dtype)
+        for name, param in single.params.items()
+    }
 
 
 def _give_gradients(side: Side, recipe: Recipe, step: int) -> None:
@@ -189,13 +220,17 @@ def _give_gradients(side: Side, recipe: Recipe, step: int) -> None:
         backward(side, recipe, step)
 
 
-def _update_line(asked: _Run, exact: _Run, steps: int) -> CheckLine:
+def _update_line(exact: _Compared, asked: _Compared, steps: int) -> CheckLine:
     if asked is exact:
         return CheckLine("update", None, "foreach=False asks for the exact path")
     name, measure = max(asked.weights.items(), key=lambda item: item[1].error)
     how = f"largest error {measure.error:.1e} of the movement ({name})" if measure.error else "bit for bit too"
-    detail = f"{steps} steps of one device with the given options, {how}"
-    return line("update", detail, asked.measures)
+    return line(
+        "update",
+        f"{steps} steps of one device with the given options, drawn gradients, {how}",
+        _REPORT_IT,
+        asked.measures,
+    )
 
 
 def _accumulation(recipe: Recipe, options: Mapping[str, Any]) -> CheckLine:
@@ -219,7 +254,8 @@ def _accumulation(recipe: Recipe, options: Mapping[str, Any]) -> CheckLine:
     found = agreed({name: found[name] for name in side.params if name in found})
     largest = max((measure.error for measure in found.values()), default=0.0)
     detail = f"{recipe.micro_batches} micro batches are one large batch, largest error {largest:.1e}, bar {bar:.1e}"
-    return line("accumulation", detail, list(found.items()))
+    advice = "batch_fn must depend on its arguments alone and leave gradients as they are"
+    return line("accumulation", detail, advice, list(found.items()))
 
 
 def _resume(recipe: Recipe, options: Mapping[str, Any], steps: int) -> CheckLine:
@@ -254,7 +290,7 @@ def _resume(recipe: Recipe, options: Mapping[str, Any], steps: int) -> CheckLine
         pairs += [(key, theirs.get(key), ours.get(key)) for key in sorted(ours.keys() | theirs.keys())]
         found[name] = worst(_same_shard(what, a, b, last) for what, a, b in pairs)
     detail = f"state saved after step {saved_after} and loaded goes on to step {last}, bit for bit"
-    return line("resume", detail, list(agreed(found).items()))
+    return line("resume", detail, _REPORT_IT, list(agreed(found).items()))
 
 
 def _same_shard(what: str, found: Tensor | None, expected: Tensor | None, step: int) -> Measure:
@@ -277,28 +313,17 @@ def _with_rates(options: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _rows(exact: _Run, asked: _Run) -> tuple[ParameterRow, ...]:
-    algorithms = asked.sharded.algorithms
-    owners = plan_owners(asked.sharded)
-    rows = []
-    for name, param in asked.sharded.params.items():
-        rows.append(
-            ParameterRow(
-                name=name,
-                algorithm=algorithms[name],
-                layout=describe_layout(param),
-                owner=owners.get(name, ""),
-                exact=worst((exact.weights[name], exact.state[name])),
-                weights=asked.weights[name],
-                state=asked.state[name],
-            )
+def _rows(exact: _Compared, asked: _Compared) -> tuple[ParameterRow, ...]:
+    return tuple(
+        ParameterRow(
+            name, *facts, worst((exact.weights[name], exact.state[name])), asked.weights[name], asked.state[name]
         )
-    return tuple(rows)
+        for name, facts in asked.facts.items()
+    )
 
 
-def _setting(recipe: Recipe, run: _Run) -> str:
+def _setting(recipe: Recipe, asked: _Compared) -> str:
     world = dist.get_world_size() if distributed() else 1
-    device = next(iter(run.single.params.values())).device.type
     gradients = "drawn gradients" if recipe.batch_fn is None else "gradients of batch_fn"
     versions = f"distmuon {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{world} rank{'s' * (world > 1)} on {device}, {gradients}, {versions}"
+    return f"{world} rank{'s' * (world > 1)} on {asked.device.type}, {gradients}, {versions}"

@@ -76,7 +76,7 @@ class CheckLine:
     Attributes:
         name: What, in a word or two.
         passed: Whether it holds; None if it was not looked at.
-        detail: One sentence.
+        detail: What it means, or what to do.
         failures: For each parameter that fails one sentence, which names it.
     """
 
@@ -132,17 +132,21 @@ class CheckReport:
         return "\n\n".join(part for part in parts if part)
 
 
-def line(name: str, detail: str, measures: Sequence[tuple[str, Measure]]) -> CheckLine:
+def line(name: str, detail: str, advice: str, measures: Sequence[tuple[str, Measure]]) -> CheckLine:
     """A line that holds if every measure does.
 
     Args:
         name: What is proved.
         detail: What it means, for a line that holds.
-        measures: By parameter.
+        advice: The way out, for one that fails.
+        measures: By parameter; a parameter may have several.
     """
     failures = tuple(f"parameter {parameter!r}, {measure}." for parameter, measure in measures if not measure.passed)
-    count = f"{len(failures)} of {len(measures)} parameters fail" if failures else detail
-    return CheckLine(name, not failures, count, failures)
+    if not failures:
+        return CheckLine(name, True, detail)
+    failing = {parameter for parameter, measure in measures if not measure.passed}
+    count = f"{len(failing)} of {len({parameter for parameter, _ in measures})} parameters fail: {advice}"
+    return CheckLine(name, False, count, failures)
 
 
 def _number(measure: Measure) -> str:
