@@ -294,6 +294,12 @@ def test_bits_of_torch_muon(pools, world_size, layout):
     pools(world_size, parity, layout, oracle="torch")
 
 
+# Of 16 bits, only matrices that fill torch's vector registers: it rounds the last elements of others differently
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 even"), (4, "hsdp even"), (4, "tp x fsdp2")])
+def test_bits_of_torch_muon_in_bfloat16(pools, world_size, layout):
+    pools(world_size, parity, layout, dtype=torch.bfloat16, oracle="torch")
+
+
 SPLIT = dict(momentum=0.8, nesterov=False, weight_decay=0.3, lr=0.05, ns_coefficients="polar_express")
 SPLIT |= dict(adjust_lr_fn="match_rms_adamw", ns_steps=4)
 
@@ -357,9 +363,8 @@ def test_scheduler(pools, tensor_lr):
 
 @pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp even"), (4, "experts 5 on 4")])
 def test_batched_path_is_near(pools, world_size, layout):
-    errors = pools(world_size, batched, layout)
-    print(errors)
-    assert max(errors) < 2e-2
+    # Measured: 1.7e-2 where batches iterate in bfloat16, 1.5e-2 where in float32; the reference rounds all to bfloat16
+    assert max(pools(world_size, batched, layout)) < 2e-2
 
 
 @pytest.mark.parametrize("foreach", [False, None])

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import Pool
 from layouts import (
@@ -26,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 import distmuon
 
@@ -174,23 +172,17 @@ def load(layout, folder, momentum_dtype):
     run_on(twins, optimizer, reference, 3, 5)
 
 
-def grad_kinds(layout):
-    """Whether the layout is what it says: which parameters are DTensors."""
-    twins = LAYOUTS[layout](torch.float32)
-    return [isinstance(param, DTensor) for param in twins.ours.values()], dist.get_rank()
-
-
 # --- tests
 
 
-TRAINED = [(2, "fsdp2 uneven"), (3, "fsdp2 few"), (2, "ddp"), (2, "tp"), (4, "hsdp uneven"), (4, "tp x fsdp2")]
+# Measured: 6e-6, from gradients that differ by 2e-7
+ROUNDING = 5e-5
+TRAINED = [(2, "fsdp2 uneven"), (4, "fsdp2 few"), (2, "ddp"), (2, "tp"), (4, "hsdp uneven"), (4, "tp x fsdp2")]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [case for case in TRAINED if case[0] != 3])
+@pytest.mark.parametrize(("world_size", "layout"), [case for case in TRAINED if case[1] != "fsdp2 few"])
 def test_training_follows_one_process(pools, world_size, layout):
-    errors = pools(world_size, train, layout)
-    print(errors)
-    assert max(errors) < 1e-3
+    assert max(pools(world_size, train, layout)) < ROUNDING
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [*TRAINED, (2, "fsdp2 mixed"), (4, "fsdp2 columns")])
@@ -206,9 +198,7 @@ def test_clipping_before_the_step(pools, world_size, layout, clip):
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2 uneven"])
 def test_accumulation(pools, layout):
-    errors = pools(2, accumulate, layout)
-    print(errors)
-    assert max(errors) < 1e-3
+    assert max(pools(2, accumulate, layout)) < ROUNDING
 
 
 @pytest.mark.parametrize("flat", [False, True])
