@@ -311,16 +311,18 @@ def _compare_settings(ranks: Sequence[int], settings: Sequence[str]) -> None:
 
 def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:
     """Plans are made from the same facts, so they differ only between different versions of this package."""
-    digests = from_every_rank((plan.digest(), [repr(spec) for spec in plan.parameters]), group)
-    reference, specs = digests[0]
-    for rank, (digest, others) in zip(ranks, digests, strict=True):
-        if digest != reference:
-            differing = [a for a, b in zip(specs, others, strict=False) if a != b]
-            first = differing[0] if differing else "the buckets"
-            raise ValueError(
-                f"the plans of ranks {ranks[0]} and {rank} differ, first in {first}: run the same version of distmuon "
-                "on every rank."
-            )
+    digests = from_every_rank(plan.digest(), group)
+    if len(set(digests)) == 1:
+        return
+    # every rank has the same digests, so all ask for more or none
+    details = from_every_rank([(spec.name, spec.digest()) for spec in plan.parameters], group)
+    other = next(number for number, digest in enumerate(digests) if digest != digests[0])
+    differing = [a for a, b in zip(details[0], details[other], strict=False) if a != b]
+    first = f"parameter {differing[0][0]!r}" if differing else "the owners"
+    raise ValueError(
+        f"the plans of ranks {ranks[0]} and {ranks[other]} differ, first in {first}: run the same version of distmuon "
+        "on every rank."
+    )
 
 
 def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterator[ParameterSpec]:

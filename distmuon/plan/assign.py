@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box
-from distmuon.plan.parameters import ParameterSpec
+from distmuon.plan.parameters import ParameterSpec, stored_numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,8 @@ def _spans(spec: ParameterSpec) -> list[tuple[int, int]]:
 
 
 def _candidates(spec: ParameterSpec, box: Box) -> tuple[int, ...]:
-    whole = tuple(holding.rank for holding in spec.holdings if holding.box.covers(box))
+    stored = stored_numel(spec.holdings, box)
+    whole = tuple(rank for rank, numel in stored.items() if numel == box.numel)
     return whole or tuple(holding.rank for holding in spec.holdings)
 
 
@@ -106,7 +107,8 @@ def _longest_first(specs: Sequence[ParameterSpec], order: Sequence[_Piece]) -> l
     owners = {}
     # what only one rank can own is known beforehand
     for number, piece in sorted(enumerate(order), key=lambda item: len(item[1].candidates) > 1):
-        stored = _stored(specs[piece.parameter], piece) if len(piece.candidates) > 1 else {}
+        spec = specs[piece.parameter]
+        stored = stored_numel(spec.holdings, spec.box_of(piece.first, piece.count))
         owner = min(piece.candidates, key=lambda rank: (loads[rank], numels[rank], -stored.get(rank, 0), rank))
         loads[owner] += piece.cost
         numels[owner] += piece.numel
@@ -116,13 +118,6 @@ def _longest_first(specs: Sequence[ParameterSpec], order: Sequence[_Piece]) -> l
 
 def _in_turn(order: Sequence[_Piece]) -> list[int]:
     return [piece.candidates[number % len(piece.candidates)] for number, piece in enumerate(order)]
-
-
-def _stored(spec: ParameterSpec, piece: _Piece) -> Mapping[int, int]:
-    """Elements of a piece by the rank that stores them."""
-    box = spec.box_of(piece.first, piece.count)
-    shared = {holding.rank: holding.box.intersect(box) for holding in spec.holdings}
-    return {rank: part.numel for rank, part in shared.items() if part is not None}
 
 
 def balance(loads: Mapping[int, int], ranks: Sequence[int]) -> float:

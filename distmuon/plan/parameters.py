@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box
@@ -66,12 +67,30 @@ class ParameterSpec:
         """Whether elements are stored by more than one rank."""
         return len({holding.replica for holding in self.holdings}) > 1
 
+    def digest(self) -> str:
+        """SHA-256 of everything in it, the same in every process."""
+        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, digest_of(self.holdings))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     def box_of(self, first: int, count: int) -> Box:
         """The elements of ``count`` consecutive matrices."""
         whole = Box.whole(self.shape)
         if not self.stacked:
             return whole
         return Box((first, *whole.offsets[1:]), (count, *whole.sizes[1:]))
+
+
+@functools.lru_cache(maxsize=256)
+def digest_of(holdings: tuple[Holding, ...]) -> str:
+    """SHA-256 of who stores what; models repeat a few layouts hundreds of times."""
+    return hashlib.sha256(repr(holdings).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def stored_numel(holdings: tuple[Holding, ...], box: Box) -> Mapping[int, int]:
+    """Elements of ``box`` by the rank that stores some of them; a stack of experts has many boxes, a matrix one."""
+    shared = {holding.rank: holding.box.intersect(box) for holding in holdings}
+    return {rank: part.numel for rank, part in shared.items() if part is not None}
 
 
 def check_cover(spec: ParameterSpec) -> None:

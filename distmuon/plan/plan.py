@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.assign import Assignment, assign, balance, lots
-from distmuon.plan.parameters import Holding, ParameterSpec, check_cover
+from distmuon.plan.parameters import Holding, ParameterSpec, check_cover, stored_numel
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,8 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of everything in the plan, the same in every process that made the same plan."""
         sha = hashlib.sha256(repr((self.ranks, self.buckets)).encode())
-        # models repeat a few layouts hundreds of times
-        written: dict[tuple[Holding, ...], str] = {}
         for spec in self.parameters:
-            if spec.holdings not in written:
-                written[spec.holdings] = hashlib.sha256(repr(spec.holdings).encode()).hexdigest()
-            facts = (spec.matrices, spec.shape, spec.group, spec.kind, spec.cost, written[spec.holdings])
-            sha.update(repr(facts).encode())
+            sha.update(spec.digest().encode())
         return sha.hexdigest()
 
 
@@ -111,8 +106,12 @@ def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], buc
     Raises:
         ValueError: if the shards of a parameter do not make up the parameter.
     """
+    looked_at: set[tuple[tuple[int, ...], tuple[Holding, ...]]] = set()
     for spec in parameters:
-        check_cover(spec)
+        # models repeat a few layouts hundreds of times
+        if (spec.shape, spec.holdings) not in looked_at:
+            looked_at.add((spec.shape, spec.holdings))
+            check_cover(spec)
     classes: dict[tuple[int, int, int, str], list[Assignment]] = {}
     for assignment in assign(parameters, most_numel=bucket_numel):
         spec = parameters[assignment.parameter]
@@ -154,8 +153,8 @@ def _bucket(
     for assignment in members:
         spec = parameters[assignment.parameter]
         box = spec.box_of(assignment.first, assignment.count)
-        holders = [holding for holding in spec.holdings if holding.box.intersect(box) is not None]
-        gathers |= not any(h.rank == assignment.owner and h.box.covers(box) for h in holders)
-        scatters |= any(holding.rank != assignment.owner for holding in holders)
-        replicated &= len(holders) == len(ranks) and all(holding.box.covers(box) for holding in holders)
+        stored = stored_numel(spec.holdings, box)
+        gathers |= stored.get(assignment.owner) != box.numel
+        scatters |= any(rank != assignment.owner for rank in stored)
+        replicated &= len(stored) == len(ranks) and all(numel == box.numel for numel in stored.values())
     return Bucket(group, rows, cols, tuple(members), gathers, scatters, replicated and len(ranks) > 1)
