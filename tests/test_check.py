@@ -10,7 +10,7 @@ from torch import nn
 import distmuon
 from distmuon import cli
 from distmuon.checking.command import UsageError, load_function, parse_option
-from distmuon.checking.compare import default_tolerance
+from distmuon.checking.compare import ITERATION_ERROR, default_tolerance
 from distmuon.checking.report import Measure, worst
 
 SOURCE = """
@@ -106,14 +106,16 @@ def test_a_nan_fails():
     assert all("'1.weight'" in failure and "relative error inf" in failure for failure in report.failures)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", ITERATION_ERROR)
 def test_the_bar_has_room_for_other_kernels(dtype):
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for m, n in 4 * [(16, 16), (64, 48), (33, 128), (128, 128), (200, 64)]:
         x = torch.randn(m, n, generator=generator)
         alone, batched = (distmuon.orthogonalize(x, dtype=dtype, batched=flag).double() for flag in (False, True))
         largest = max(largest, float((alone - batched).abs().max() / alone.abs().max()))
-    assert largest <= default_tolerance(dtype, dtype, torch.device("cpu"))
+    # one by one iterates in this dtype, even where batches are held in a wider one
+    assert largest <= ITERATION_ERROR[dtype]
+    assert default_tolerance(dtype, dtype, torch.device("cpu")) <= ITERATION_ERROR[dtype] + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def check(
             "replicas",
             "all ranks hold the same weights",
             "hand over the DistributedDataParallel module, or mesh=, and average gradients over the replicas",
-            list(asked.replicas.items()),
+            [*exact.replicas.items(), *asked.replicas.items()],
         ),
         _accumulation(recipe, options),
         _resume(recipe, options, steps),

@@ -142,8 +142,16 @@ def test_a_shard_that_is_not_updated(pool2):
 def test_replicas_that_part(pool2):
     report = same_on_all(pool2.run(run_check, "ddp", None, "SkipsAShard"))
     assert failing(report) == ["exact", "update", "replicas"]
-    (replicas,) = (failure for failure in report.failures if failure.startswith("replicas"))
-    assert "'3.weight'" in replicas and "on rank 1" in replicas and "differ from those of rank 0" in replicas
+    replicas = [failure for failure in report.failures if failure.startswith("replicas")]
+    assert len(replicas) == 2  # after the exact steps, and after those with the given options
+    for failure in replicas:
+        assert "'3.weight'" in failure and "on rank 1" in failure and "differ from those of rank 0" in failure
+
+
+def test_gradients_that_nobody_averages(pool2):
+    report = same_on_all(pool2.run(run_check, None, "loss"))
+    assert failing(report) == ["replicas"]
+    assert {row.owner for row in report.rows if row.algorithm == "muon"} == {"each"}
 
 
 def test_only_the_batched_path_is_wrong(pool2):
