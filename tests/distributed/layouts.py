@@ -313,17 +313,17 @@ def as_sharded(local, like):
     return DTensor.from_local(local, like.device_mesh, like.placements, **layout)
 
 
-def give_gradients(twins, step, missing=lambda name: None):
+def give_gradients(twins, step, missing=None):
     """Draws whole gradients and hands out the parts.
 
     Args:
         twins: Gets gradients on both sides.
         step: Part of the seed.
         missing: By name: ``"all"``, where nobody has a gradient; else whether this rank's is None, in whose
-            place the whole gradient has zeros.
+            place the whole gradient has zeros. Without it no collective is needed.
     """
     for name, param in twins.ours.items():
-        absent = missing(name)
+        absent = missing(name) if missing else False
         if absent == "all":
             param.grad = twins.whole[name].grad = None
             continue
@@ -331,7 +331,7 @@ def give_gradients(twins, step, missing=lambda name: None):
         drawn = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(param.dtype)
         local = part_of(drawn, param)
         param.grad = as_sharded(torch.zeros_like(local) if absent else local, param)
-        twins.whole[name].grad = full(param.grad).clone()
+        twins.whole[name].grad = full(param.grad).clone() if missing else drawn
         if absent:
             param.grad = None
 
