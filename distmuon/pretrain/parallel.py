@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from distmuon.pretrain.config import ParallelConfig
+from distmuon.pretrain.config import ParallelConfig, TrainConfig
 from distmuon.pretrain.errors import UserError
 
 
@@ -82,6 +82,19 @@ def resolve_layout(config: ParallelConfig, world: int) -> Layout:
             f"{_fitting(sizes, world)}, or start {known} process{'es' * (known > 1)}."
         )
     return Layout(**sizes)
+
+
+def check_features(layout: Layout, config: TrainConfig) -> None:
+    """Check that the ``train`` section asks for nothing that a layout cannot do.
+
+    Raises:
+        UserError: For a compiled and recomputed tensor parallel model.
+    """
+    if layout.tp > 1 and config.compile and config.activation_checkpointing:
+        raise UserError(
+            f"parallel.tp is {layout.tp} with train.compile and train.activation_checkpointing, and torch compiles no "
+            "tensor parallel block that is recomputed: set one of the three off."
+        )
 
 
 def _fitting(sizes: dict[str, int], world: int) -> str:

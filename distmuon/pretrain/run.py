@@ -28,7 +28,7 @@ from distmuon.pretrain.loop import Hooks, Loop, Parts
 from distmuon.pretrain.metrics import MetricsFile, Record, read_metrics
 from distmuon.pretrain.model import build_model, count_parameters, model_config
 from distmuon.pretrain.optimizer import build_optimizer, routing
-from distmuon.pretrain.parallel import Layout, resolve_layout
+from distmuon.pretrain.parallel import Layout, check_features, resolve_layout
 from distmuon.pretrain.precision import choose_device, choose_dtype, describe, set_up_torch
 from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first, process_group, rank, world_size
 from distmuon.pretrain.progress import Display, open_display
@@ -64,6 +64,7 @@ def train(config: Config, resume: str | None = None) -> Summary:
     with agreed():
         validate(config)
         layout = resolve_layout(config.parallel, world_size())
+        check_features(layout, config.train)
     with process_group():
         _check_settings(config)
         set_up_torch(config.train)

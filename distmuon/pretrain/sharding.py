@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,12 +124,11 @@ def settle_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def _replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        model,
-        device_ids=None if device.type == "cpu" else [device],
-        broadcast_buffers=False,  # they are constants of the config
-        gradient_as_bucket_view=True,
-    )
+    # buffers are constants of the config; newer versions of torch have another word for leaving them alone
+    known = inspect.signature(DistributedDataParallel).parameters
+    word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {word: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device], **settings)
 
 
 def _fully_shard(model: nn.Module, config: PretrainedConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:

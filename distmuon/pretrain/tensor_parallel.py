@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,7 +62,8 @@ def tensor_parallel_plan(model: nn.Module, config: PretrainedConfig, ranks: int)
         if names and (word not in _STYLES or names[0] in tensors):
             raise UserError(f"{known} asks for {word!r} of {names[0]}, which this version cannot split: {_WAY_OUT}.")
         plan |= dict.fromkeys(names, word)
-    head = model.get_output_embeddings()
+    language_model: Any = model
+    head = language_model.get_output_embeddings()
     if isinstance(head, nn.Linear) and not config.tie_word_embeddings and head.out_features % ranks == 0:
         plan |= {name: "colwise_gather_output" for name, module in modules.items() if module is head}
     _check_sizes(modules, plan, config, ranks)
@@ -121,7 +123,7 @@ def _shared_parameters(model: nn.Module) -> list[list[str]]:
     return [found for found in names.values() if len(found) > 1]
 
 
-def _replicate_inputs(module: nn.Module, inputs: tuple[object, ...], mesh: DeviceMesh) -> tuple[object, ...]:
+def _replicate_inputs(module: nn.Module, inputs: tuple[object, ...], mesh: DeviceMesh) -> Any:
     return tuple(
         DTensor.from_local(value, mesh, [Replicate()], run_check=False)
         if isinstance(value, Tensor) and not isinstance(value, DTensor)
@@ -130,5 +132,5 @@ def _replicate_inputs(module: nn.Module, inputs: tuple[object, ...], mesh: Devic
     )
 
 
-def _local_outputs(module: nn.Module, outputs: object, mesh: DeviceMesh) -> object:
+def _local_outputs(module: nn.Module, outputs: object, mesh: DeviceMesh) -> Any:
     return outputs.to_local() if isinstance(outputs, DTensor) else outputs

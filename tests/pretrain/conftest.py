@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+
+from harness import Pool
 
 MODEL = {
     "hidden_size": 16,
@@ -60,3 +65,17 @@ def tiny(tmp_path: Path, corpus_file: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Pool]:
+    """Two ranks that live through a file of tests."""
+    with Pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Pool]:
+    """Four ranks that live through a file of tests."""
+    with Pool(4) as pool:
+        yield pool
