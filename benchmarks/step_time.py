@@ -7,7 +7,7 @@
 Whole processes on one machine: gloo and one thread a rank on a CPU, NCCL and a GPU a rank with ``--device cuda``.
 Every matrix of the model goes to Muon (or to AdamW), with a gradient that is there before the clock starts.
 Bytes are those that all ranks together send on the loopback interface in a step; "least" is what a step with
-one owner a matrix must send in bfloat16. Peak memory is what a rank allocates above what it held before the step.
+one owner a matrix must send in bfloat16. Peak memory is what a rank allocates in its first step, less its state.
 
 Microsoft's dion (github.com/microsoft/dion) and github.com/KellerJordan/Muon take part when ``--peer-path``
 names a checkout; muon-fsdp2 does when it is installed.
@@ -106,15 +106,15 @@ def processor() -> str:
 
 
 def bucket_bytes(shapes: Sequence[Shape], ranks: int) -> int:
-    """Bytes in bfloat16 of the most matrices of one shape that a rank of distmuon orthogonalizes together.
+    """Bytes in bfloat16 of the largest bucket of distmuon, the shares of all ranks together.
 
-    At default settings and with matrices spread evenly over the ranks.
+    At default settings and with matrices of one shape spread evenly over the ranks.
     """
     bound = inspect.signature(distmuon.Muon).parameters["bucket_bytes"].default
     sizes = []
     for (rows, cols), count in Counter(shapes).items():
         one = rows * cols * torch.bfloat16.itemsize
-        sizes.append(one * max(1, min(math.ceil(count / ranks), bound // one)))
+        sizes.append(one * min(count, ranks * max(1, bound // one)))
     return max(sizes)
 
 

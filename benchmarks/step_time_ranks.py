@@ -72,7 +72,7 @@ class Row:
         quiet: False if every sample was disturbed, and those were kept.
         disturbance: Median share of the cores that other processes used in the kept samples.
         sent_bytes: On loopback in a step, all ranks together; None where it cannot be known.
-        peak_bytes: Allocated by the fullest rank above what it held before the step.
+        peak_bytes: Allocated by the fullest rank in its first step, above what it held before and its state.
         error: Why it failed.
         stats: ``last_step_stats()`` of rank 0 where the optimizer has any.
     """
@@ -173,9 +173,12 @@ def _try(
     contender: Contender, model: Model, mesh: DeviceMesh, row: Row, control: dist.ProcessGroup
 ) -> torch.optim.Optimizer | None:
     """Build, warm up and take the untimed figures; None, and the reason in ``row``, where any rank fails."""
-    optimizer, error = None, None
+    optimizer, error, peak = None, None, 0
     try:
         optimizer = contender.build(model.params, mesh)
+        model.set_gradients()
+        # of the first step, as some keep their buffers from then on; their state is no temporary memory
+        peak = peak_bytes(optimizer.step, mesh.device_type) - _state_bytes(optimizer)
         for _ in range(_WARM_UP):
             model.set_gradients()
             optimizer.step()
@@ -187,10 +190,16 @@ def _try(
     if row.error or optimizer is None:
         return None
     model.set_gradients()
-    peak = torch.tensor(peak_bytes(optimizer.step, mesh.device_type))
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group=control)
-    row.peak_bytes = int(peak)
+    largest = torch.tensor(peak)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
+    row.peak_bytes = int(largest)
     return optimizer
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of this rank's shards of the optimizer state."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in tensors)
 
 
 def _time(

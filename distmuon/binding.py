@@ -84,6 +84,7 @@ class Part:
         shards: For each key, by global rank: a number that is equal for ranks that store the same elements.
         entries: This rank's parameters by place in ``keys``.
         planned: For each parameter of the plan its place in ``keys``.
+        matrices: This rank's parameters on Muon, by place in the plan.
         group: The process group; None where this rank is alone.
         active: With ``static_grads``: which keys take part, once that is known.
     """
@@ -93,16 +94,9 @@ class Part:
     shards: tuple[dict[int, int], ...]
     entries: dict[int, Entry]
     planned: tuple[int, ...]
+    matrices: dict[int, Entry]
     group: ProcessGroup | None
     active: tuple[bool, ...] | None = None
-
-    @property
-    def matrices(self) -> Iterator[tuple[int, Entry]]:
-        """This rank's parameters on Muon, by place in the plan."""
-        rank = self.pipeline.rank
-        for place, (number, spec) in enumerate(zip(self.planned, self.pipeline.plan.parameters, strict=True)):
-            if number in self.entries and any(holding.rank == rank for holding in spec.holdings):
-                yield place, self.entries[number]
 
 
 @dataclass
@@ -212,10 +206,12 @@ def _part(
             planned += [number] * len(found)
     plan = build_plan(specs, ranks=ranks, bucket_numel=max(1, options.bucket_bytes // options.wire_dtype.itemsize))
     by_key = {entry.fact.key: entry for entry in mine}
+    entries = {number: by_key[key] for number, key in enumerate(keys) if key in by_key}
+    rank = own_rank()
     return Part(
         pipeline=Pipeline(
             plan=plan,
-            rank=own_rank(),
+            rank=rank,
             exchange=exchange,
             device=device,
             options=options,
@@ -224,8 +220,13 @@ def _part(
         ),
         keys=keys,
         shards=tuple(_shard_numbers(holdings) for holdings, _ in merged.values()),
-        entries={number: by_key[key] for number, key in enumerate(keys) if key in by_key},
+        entries=entries,
         planned=tuple(planned),
+        matrices={
+            place: entries[number]
+            for place, (number, spec) in enumerate(zip(planned, specs, strict=True))
+            if number in entries and any(holding.rank == rank for holding in spec.holdings)
+        },
         group=group,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -233,7 +234,7 @@ class Muon(Optimizer):
         """
         found: dict[Tensor, int] = {}
         for part in self._binding.parts if self._binding is not None else ():
-            for place, owner in part.pipeline.plan.sole_owners().items():
+            for place, owner in part.pipeline.plan.sole_owners.items():
                 number = part.planned[place]
                 if number in part.entries:
                     found[part.entries[number].param] = owner
@@ -324,6 +325,13 @@ class Muon(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Muon:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone._mesh = self._mesh  # a process group is shared, not copied
+        return clone
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this on a copy, which lacks what is not pickled, and on itself when it loads a state dict
         for key, value in {"_binding": None, "_mesh": None, "_momentum_is_split": False}.items():
@@ -371,7 +379,7 @@ class Muon(Optimizer):
                 grad=local_gradient(entry.param),
                 momentum=local_tensor(self.state[entry.param]["momentum_buffer"]),
             )
-            for place, entry in part.matrices
+            for place, entry in part.matrices.items()
             if active[part.planned[place]]
         }
         part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])

@@ -143,13 +143,18 @@ class Pipeline:
         if whole:
             flight.matrices = kept.view(routes.matrices, bucket.rows, bucket.cols)
         with self.clock.phase("pack", self.device):
-            self._blend(flight, groups[bucket.group], local, whole=whole)
+            self._blend(flight, groups, local, whole=whole)
         if bucket.gathers:
             flight.gather = self._start(leg, send, receive)
         return flight
 
-    def _blend(self, flight: _Flight, group: Group, local: Mapping[int, LocalParameter], *, whole: bool) -> None:
+    def _blend(
+        self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
+    ) -> None:
         routes, bucket = flight.routes, flight.bucket
+        if not routes.held:  # a rank that stores none of it need not even have the group
+            return
+        group = groups[bucket.group]
         places: dict[int, Tensor] = {}
         start = 0
         for part in routes.kept:
@@ -159,7 +164,7 @@ class Pipeline:
                 places[part.slot] = flight.kept[start : start + part.box.numel].view(part.box.sizes)
             start += part.box.numel
         grads, buffers, outs = [], [], []
-        elsewhere = self.plan.sole_owners() if self.owner_gradients else {}
+        elsewhere = self.plan.sole_owners if self.owner_gradients else {}
         for part in routes.held:
             if elsewhere.get(bucket.assignments[part.slot].parameter, self.rank) != self.rank:
                 continue
@@ -197,8 +202,10 @@ class Pipeline:
         self.pool.give(gather.receive)
 
     def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
-        group = groups[flight.bucket.group]
         assert flight.matrices is not None
+        if not flight.routes.matrices:
+            return
+        group = groups[flight.bucket.group]
         with self.clock.phase("ns", self.device):
             orthogonalize_(
                 flight.matrices,
@@ -247,6 +254,8 @@ class Pipeline:
         local: Mapping[int, LocalParameter],
     ) -> None:
         bucket = flight.bucket
+        if not parts:
+            return
         group = groups[bucket.group]
         holders = [local[bucket.assignments[part.slot].parameter] for part in parts]
         params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, parts, strict=True)]

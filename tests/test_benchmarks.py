@@ -53,13 +53,13 @@ def test_least_bytes():
     assert probes.least_bytes(numels, 4, "FSDP2") == 1.5 * total
 
 
-def test_a_bucket_is_a_ranks_share_of_one_shape_up_to_the_bound():
+def test_a_bucket_is_one_shape_up_to_the_bound_of_each_rank():
     shapes = [(512, 512)] * 32 + [(2048, 512)] * 7
     assert step_time.bucket_bytes(shapes, 1) == 2 * 32 * 512 * 512
-    assert step_time.bucket_bytes(shapes, 4) == 2 * 8 * 512 * 512
-    assert step_time.bucket_bytes(shapes, 16) == 2 * 2048 * 512
+    assert step_time.bucket_bytes(shapes, 4) == 2 * 32 * 512 * 512
     bound = inspect.signature(distmuon.Muon).parameters["bucket_bytes"].default
     assert step_time.bucket_bytes([(512, 512)] * 1000, 1) == bound
+    assert step_time.bucket_bytes([(512, 512)] * 1000, 4) == 4 * bound
     assert step_time.bucket_bytes([(16384, 8192)], 1) == 2 * 16384 * 8192 > bound
 
 

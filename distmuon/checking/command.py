@@ -30,9 +30,9 @@ DESCRIPTION = """\
 Prove on your model and mesh that the sharded Muon update is the single-device one. Run it under torchrun as the
 training is, or alone:
 
-  torchrun --nproc_per_node 2 -m distmuon.cli check train.py:build_model --shard train.py:shard
+  torchrun --nproc_per_node 2 -m distmuon check train.py:build_model --shard train.py:shard
   distmuon check my.package:build_model --option lr=0.02 --option adamw_lr=3e-4
-  torchrun --nproc_per_node 4 -m distmuon.cli check --config configs/debug.yaml --parallel.dp_shard 4
+  torchrun --nproc_per_node 4 -m distmuon check --config configs/debug.yaml --parallel.dp_shard 4
 
 Functions are given as package.module:function or path/to/file.py:function. Exit code: 0 passed, 1 failed, 2 usage."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A kept buffer may be this many times as large as what is asked for
+_SLACK = 1.25
+
 
 class BufferPool:
     """Lends flat tensors.
@@ -25,17 +28,18 @@ class BufferPool:
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized 1-D tensor of ``numel`` elements."""
-        alike = [buffer for buffer in self._kept if buffer.dtype == dtype and buffer.device == device]
-        fitting = [buffer for buffer in alike if buffer.numel() >= numel]
         if numel == 0:
             return torch.empty(0, dtype=dtype, device=device)
+        fitting = [
+            buffer
+            for buffer in self._kept
+            if buffer.dtype == dtype and buffer.device == device and numel <= buffer.numel() <= _SLACK * numel
+        ]
         if fitting:
             buffer = min(fitting, key=Tensor.numel)
             self._drop(buffer)
         else:
-            # a small one that did not fit is replaced, so that no more is kept than was lent at once
-            if alike:
-                self._drop(max(alike, key=Tensor.numel))
+            self._make_room(numel * dtype.itemsize)
             buffer = torch.empty(numel, dtype=dtype, device=device)
         self._out[buffer.data_ptr()] = buffer
         self.lent += buffer.nbytes
@@ -56,6 +60,12 @@ class BufferPool:
         self._kept.clear()
         self._out.clear()
         self.lent = 0
+
+    def _make_room(self, new: int) -> None:
+        """Drop kept buffers until all that are lent or kept take no more than was lent at once."""
+        most = max(self.peak, self.lent + new)
+        while self._kept and self.lent + new + sum(buffer.nbytes for buffer in self._kept) > most:
+            self._drop(max(self._kept, key=lambda buffer: buffer.nbytes))
 
     def _drop(self, buffer: Tensor) -> None:
         self._kept = [other for other in self._kept if other is not buffer]

@@ -57,8 +57,7 @@ def assign(specs: Sequence[ParameterSpec], *, most_numel: int) -> list[Assignmen
         Assignments that hold every matrix once, by parameter and first matrix.
     """
     pieces = [piece for index, spec in enumerate(specs) for piece in _pieces(index, spec, most_numel)]
-    # the name, not the place in the list, breaks ties: ranks may list parameters in another order
-    order = sorted(pieces, key=lambda piece: (-piece.cost, -piece.numel, specs[piece.parameter].name, piece.first))
+    order = sorted(pieces, key=lambda piece: _place(specs[piece.parameter], piece))
     owners = min(_longest_first(specs, order), _in_turn(order), key=lambda owners: makespan(order, owners))
     assigned = [Assignment(p.parameter, p.first, p.count, owner) for p, owner in zip(order, owners, strict=True)]
     return sorted(assigned, key=lambda assignment: (assignment.parameter, assignment.first))
@@ -70,6 +69,14 @@ def makespan(pieces: Sequence[_Piece], owners: Sequence[int]) -> int:
     for piece, owner in zip(pieces, owners, strict=True):
         loads[owner] += piece.cost
     return max(loads.values(), default=0)
+
+
+def _place(spec: ParameterSpec, piece: _Piece) -> tuple[object, ...]:
+    """Costliest first; matrices of one shape, which share buckets, follow one another so that all ranks get some.
+
+    The name, not the place in the list, breaks ties: ranks may list parameters in another order.
+    """
+    return -piece.cost, -piece.numel, spec.group, spec.kind, spec.matrices.rows, spec.name, piece.first
 
 
 def _pieces(index: int, spec: ParameterSpec, most_numel: int) -> Iterator[_Piece]:

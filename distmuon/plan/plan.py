@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ class Plan:
                 loads[assignment.owner] += assignment.count * self.parameters[assignment.parameter].cost
         return dict(loads)
 
+    @functools.cached_property
     def sole_owners(self) -> dict[int, int]:
         """The owner of each parameter that every rank stores whole and one rank owns whole, by place."""
         owners: dict[int, set[int]] = {}

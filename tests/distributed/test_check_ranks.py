@@ -213,7 +213,7 @@ def test_command_checks_a_config(pool2, tmp_path):
 @pytest.mark.slow
 def test_torchrun_fails_with_the_name_of_the_parameter():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ["-m", "distmuon.cli", "check", f"{HERE}:build_model", "--shard", f"{HERE}:changes_a_weight"]
+    command = ["-m", "distmuon", "check", f"{HERE}:build_model", "--shard", f"{HERE}:changes_a_weight"]
     done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "start: parameter '3.weight', weights on rank" in done.stdout

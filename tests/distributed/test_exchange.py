@@ -1,5 +1,6 @@
 """What an exchange costs: bytes that leave a rank, and memory for the while."""
 
+import copy
 import time
 from unittest import mock
 
@@ -232,3 +233,44 @@ def statistics_of_steps():
 def test_step_stats_are_of_one_step(pools):
     for sent in pools[2].run(statistics_of_steps):
         assert sent == [NUMEL] * 3
+
+
+def a_group_on_some_ranks():
+    """Experts of ranks 0 and 1 in a group that ranks 2 and 3 do not have."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "expert"))
+    dense = nn.Parameter(distribute_tensor(torch.randn(8, 6), init_device_mesh("cpu", (4,)), [Shard(0)]))
+    groups = [{"params": [("dense", dense)], "use_muon": True}]
+    if dist.get_rank() < 2:
+        expert = nn.Parameter(distribute_tensor(torch.randn(6, 6), mesh["expert"], [Shard(0)]))
+        groups.append({"params": [("expert", expert)], "use_muon": True})
+    optimizer = distmuon.Muon(groups, lr=0.02)
+    before = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+    after = [param for group in optimizer.param_groups for param in group["params"]]
+    return [not torch.equal(a.to_local(), b.to_local()) for a, b in zip(before, after, strict=True)]
+
+
+def test_a_group_may_be_on_some_ranks_only(pools):
+    assert pools[4].run(a_group_on_some_ranks) == [[True, True], [True, True], [True], [True]]
+
+
+def copied():
+    model = model_of([(6, 4), (4, 6), (6, 6)])
+    optimizer = distmuon.Muon(model, lr=0.02, foreach=False, mesh=dist.group.WORLD)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for each, stepping in ((model, optimizer), (twin_model, twin)):
+        for param in each.parameters():
+            param.grad = torch.ones_like(param)
+        stepping.step()
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), twin_model.parameters(), strict=True))
+    return same, twin._binding.parts[0].pipeline.plan.ranks
+
+
+def test_a_deep_copy_shares_the_work_too(pools):
+    assert pools[2].run(copied) == [(True, (0, 1))] * 2
