@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import inspect
 import json
-import math
 import os
 import platform
 import tempfile
