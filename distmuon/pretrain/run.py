@@ -9,6 +9,8 @@ import logging
 import pathlib
 
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 from distmuon._version import __version__
 from distmuon.pretrain.batch import plan_batches
@@ -39,6 +41,7 @@ from distmuon.pretrain.schedule import build_scheduler
 from distmuon.pretrain.sharding import build_mesh, decoder_blocks, place
 from distmuon.pretrain.tensor_parallel import tensor_parallel_plan
 from distmuon.pretrain.tensorboard import TensorBoard
+from distmuon.pretrain.weights import draws_on_first
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         plan = plan_batches(config.train, length, layout.data_ranks)
         lm_config = model_config(config.model, corpus.vocab_size, length)
         check_vocabulary(corpus, lm_config.vocab_size)
-        model = build_model(lm_config, seed=seed, activation_checkpointing=config.train.activation_checkpointing)
+        model, source = _build_model(config, lm_config, layout)
         if layout.tp > 1:
             tensor_parallel_plan(model, lm_config, layout.tp)
         if layout.fully_shards:
@@ -140,7 +143,9 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         device=device,
         dtype=dtype,
         compile=config.train.compile,
+        source=source,
     )
+    del source  # rank 0 needs no second model
     data_rank = layout.data_rank(rank())
     if layout.data_ranks > 1:
         torch.manual_seed(seed + data_rank)  # other dropout for other data
@@ -164,6 +169,19 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         flops_per_token=flops,
         peak_flops=peak_flops(device, dtype),
     )
+
+
+def _build_model(config: Config, lm_config: PretrainedConfig, layout: Layout) -> tuple[nn.Module, nn.Module | None]:
+    """The model as `place` takes it, and its source."""
+    settings = config.train
+    build = functools.partial(
+        build_model, lm_config, seed=settings.seed, activation_checkpointing=settings.activation_checkpointing
+    )
+    if not draws_on_first(layout, lm_config):
+        return build(), None
+    source = build() if rank() == 0 else None
+    with torch.device("meta"):
+        return build(), source
 
 
 def _announce(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:

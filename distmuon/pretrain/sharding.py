@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from distmuon.pretrain.errors import UserError
 from distmuon.pretrain.parallel import Layout
 from distmuon.pretrain.tensor_parallel import apply_tensor_parallel
+from distmuon.pretrain.weights import draws_on_first, share_out
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,20 @@ def place(
     device: torch.device,
     dtype: torch.dtype,
     compile: bool = False,
+    source: nn.Module | None = None,
 ) -> Placed:
     """Bring a model, the same on all ranks, into its layout.
 
     Args:
-        model: On any device; the parameters become DTensors where they are sharded, and keep their names.
+        model: On any device; the parameters become DTensors where they are sharded, and keep their names. With
+            `weights.draws_on_first` it is on the meta device.
         config: Its configuration.
         layout: The arrangement of processes.
         mesh: From `build_mesh`.
         device: Where it is to live.
         dtype: Of the forward pass.
         compile: Compile the forward pass: of the whole model, or block by block where hooks of sharding come between.
+        source: On rank 0 the model with weights, if ``model`` is on the meta device.
 
     Raises:
         UserError: If the model has no blocks that can be sharded, or no plan for tensor parallelism.
@@ -95,6 +99,8 @@ def place(
             block.compile()
     if layout.fully_shards:
         _fully_shard(model, config, mesh, dtype)
+    if draws_on_first(layout, config):
+        share_out(model, source, device)
     model.to(device)
     return Placed(model, model)
 
