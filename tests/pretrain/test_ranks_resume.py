@@ -43,10 +43,16 @@ def test_resume_is_exact_in_the_same_layout(tiny: Tiny, two: Pool, layout: str) 
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [("fsdp", "one"), ("one", "fsdp"), ("ddp", "one"), ("one", "ddp"), ("tp", "fsdp"), ("fsdp", "tp")],
+    ("before", "after", "optimizer"),
+    [
+        ("fsdp", "one", "muon"),
+        ("one", "fsdp", "muon"),
+        ("ddp", "one", "adamw"),
+        ("one", "ddp", "muon"),
+        ("tp", "fsdp", "muon"),
+        ("fsdp", "tp", "adamw"),
+    ],
 )
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_checkpoint_of_another_layout_goes_on(tiny: Tiny, two: Pool, before: str, after: str, optimizer: str) -> None:
     flags = [f"--optim.name={optimizer}"]
     whole = run(two, "one", tiny("whole", **SHORT), flags)
