@@ -48,6 +48,7 @@ class Fact:
         use_muon: Whether it is on Muon.
         flatten: Whether its axes after the first are joined.
         steps: Newton-Schulz iterations.
+        iteration: What else matrices of one bucket have in common.
         settings: What else decides its update, for comparison.
         layout: Where it lies.
     """
@@ -57,6 +58,7 @@ class Fact:
     use_muon: bool
     flatten: bool
     steps: int
+    iteration: str
     settings: str
     layout: LocalLayout
 
@@ -140,7 +142,7 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     error: Exception | None = None
     try:
         entries = list(_entries(groups, mesh))
-    except (TypeError, ValueError) as raised:
+    except Exception as raised:  # whatever it is, the other ranks wait to hear of it
         error = raised
     meshes = [*_meshes(groups), *([] if mesh is None else [mesh])]
     ranks = common_ranks({mesh_ranks(known) for known in meshes}) if distributed() else ()
@@ -234,14 +236,15 @@ def _part(
 def _entries(groups: Sequence[Group], mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
         use_muon, settings = group["use_muon"], "adamw"
-        steps = 0
+        steps, iteration = 0, ""
         if use_muon:
+            iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
             keys = ("momentum", "nesterov", "ns_coefficients", "eps", "adjust_lr_fn")
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
             steps = group["ns_steps"]
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            yield Entry(param, Fact(name, index, use_muon, group["flatten"], steps, settings, layout))
+            yield Entry(param, Fact(name, index, use_muon, group["flatten"], steps, iteration, settings, layout))
 
 
 def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
@@ -339,7 +342,7 @@ def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterato
             shape=layout.shape,
             holdings=tuple(members),
             group=fact.group,
-            kind=f"{layout.device} {layout.dtype}",
+            kind=f"{layout.device} {layout.dtype} {fact.iteration}",
             cost=orthogonalization_cost(matrices.rows, matrices.cols, fact.steps),
         )
 

@@ -42,3 +42,14 @@ def restore_momentum(optimizer: Optimizer, state_dict: dict[str, Any], dtype: to
         buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
         if buffer is not None:
             optimizer.state[param]["momentum_buffer"] = buffer.to(device=param.device, dtype=dtype, copy=True)
+
+
+def place_steps(optimizer: Optimizer, *, fused: bool | None) -> None:
+    """Put AdamW's step counters where its kernels want them: on the parameter's device if fused, else on the host.
+
+    A state dict may come from the other kind, or from a file that was read onto the host.
+    """
+    for param, state in optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):
+            device = param.device if fused else torch.device("cpu")
+            state["step"] = state["step"].to(device=device, dtype=torch.float32)

@@ -205,7 +205,8 @@ def fill_defaults(group: Group, defaults: Mapping[str, Any], options: Options, l
         group.setdefault("weight_decay", options.adamw_weight_decay)
         group.setdefault("eps", options.adamw_eps)
     for key, value in defaults.items():
-        group.setdefault(key, value)
+        if key in GROUP_KEYS:  # torch adds keys of its own when it loads a state dict
+            group.setdefault(key, value)
 
 
 def group_names(group: Group, label: str) -> list[str]:
@@ -214,6 +215,11 @@ def group_names(group: Group, label: str) -> list[str]:
         return [clean_name(name) for name, _ in group["params"]]
     names = group.get("param_names")
     if names:
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"{label} has {len(group['params'])} parameters and {len(names)} param_names: add parameters by "
+                "add_param_group, or extend both lists."
+            )
         return [clean_name(name) for name in names]
     return [f"{label}, parameter {index}" for index in range(len(group["params"]))]
 

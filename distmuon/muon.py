@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind
-from distmuon.checkpoint import merge_groups, restore_momentum
-from distmuon.comm.group import Mesh, ProcessGroup, broadcast
+from distmuon.checkpoint import merge_groups, place_steps, restore_momentum
+from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (
     Params,
@@ -24,12 +24,12 @@ from distmuon.groups import (
     expand_group,
     fill_defaults,
 )
-from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.numerics.coefficients import Coefficients
 from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
 from distmuon.pipeline import LocalParameter
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
+from distmuon.rest import create_state, step_adamw
 from distmuon.stats import StepClock, step_stats
 
 logger = logging.getLogger("distmuon")
@@ -171,7 +171,11 @@ class Muon(Optimizer):
         }
         super().__init__(groups, defaults)
         if not any(group["use_muon"] for group in self.param_groups):
-            raise ValueError(nothing_on_muon(self.report()))
+            message = nothing_on_muon(self.report())
+            if not distributed():
+                raise ValueError(message)
+            # a pipeline stage may hold nothing but an embedding and norms, and the other ranks go on
+            logger.warning("this rank has nothing on Muon: %s", message)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys.
@@ -185,11 +189,11 @@ class Muon(Optimizer):
         label = f"group {len(self.param_groups)}"
         expanded, routes = expand_group(dict(param_group), label)
         check_disjoint([*self.param_groups, *expanded])
-        self._routes.update(routes)
         for group in expanded:
             fill_defaults(group, self.defaults, self._options, label)
             check_group(group, label)
             super().add_param_group(group)
+        self._routes.update(routes)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -220,10 +224,11 @@ class Muon(Optimizer):
                 loss = closure()
         self._clock.start()
         for turn in self._turns():
-            self._create_state(turn)
+            create_state(turn, self.state, self._options)
             if not turn.idle:
                 self._step_matrices(turn)
-                self._step_adamw(turn)
+                with self._clock.phase("adamw", turn.part.pipeline.device):
+                    step_adamw(turn, self.param_groups, self.state, self._options)
         return loss
 
     def owners(self) -> dict[Tensor, int]:
@@ -251,10 +256,12 @@ class Muon(Optimizer):
         Raises:
             ValueError: if plain parameters are not shared over a process group.
         """
-        if self._binding is None:
+        if self._binding is None or not self._binding.fits(self.param_groups):
             self._rebind()
         assert self._binding is not None
         part = self._binding.parts[0]
+        if part.group is None and self._mesh is not None and len(mesh_ranks(self._mesh)) == 1:
+            return {}, as_group(self._mesh)
         if part.group is None:
             raise ValueError(
                 "ddp_hook needs an optimizer that shares its work: pass the DistributedDataParallel module itself to "
@@ -314,13 +321,14 @@ class Muon(Optimizer):
         groups = merge_groups(state_dict["param_groups"], self.param_groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._momentum_is_split = False
+        place_steps(self, fused=self._options.fused)
         if self._options.momentum_dtype is not None:
             restore_momentum(self, state_dict, self._options.momentum_dtype)
 
     def report(self) -> RoutingReport:
         """What each parameter got and why, with effective learning rates as they are now."""
-        plans = [part.pipeline.plan for part in self._binding.parts] if self._binding is not None else []
-        return build_report(self.param_groups, self._routes, self._options, plans)
+        pipelines = [part.pipeline for part in self._binding.parts] if self._binding is not None else []
+        return build_report(self.param_groups, self._routes, self._options, pipelines)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
@@ -346,9 +354,14 @@ class Muon(Optimizer):
                 if self._binding is None:
                     self._rebind()
                 assert self._binding is not None
-                turns = agree_on_turns(self._binding, self.param_groups, self._options, fresh=not self.state)
+                turns = agree_on_turns(self._binding, self.param_groups, self._options, self.state)
                 if turns is not None:
                     return turns
+                if any(part.pipeline.owner_gradients for part in self._binding.parts):
+                    raise ValueError(
+                        "parameter groups changed between the backward pass and the step, and with distmuon.ddp_hook "
+                        "gradients went to the owners of before: change them before the backward pass."
+                    )
                 self._rebind()
 
     def _rebind(self) -> None:
@@ -356,19 +369,8 @@ class Muon(Optimizer):
         first = self._binding is None
         self.consolidate_state_dict()
         self._binding = bind(self.param_groups, self._options, self._mesh, self._clock)
-        if first:
+        if first and logger.isEnabledFor(logging.INFO):
             logger.info("routing\n%s", self.report())
-
-    def _create_state(self, turn: Turn) -> None:
-        for entry in turn.entries:
-            state = self.state[entry.param]
-            if not state and entry.fact.use_muon:
-                dtype = self._options.momentum_dtype
-                state["momentum_buffer"] = torch.zeros_like(
-                    entry.param, dtype=dtype, memory_format=torch.preserve_format
-                )
-            elif not state:
-                state.update(init_state(entry.param, fused=self._options.fused))
 
     def _step_matrices(self, turn: Turn) -> None:
         part, active = turn.part, turn.active
@@ -384,24 +386,3 @@ class Muon(Optimizer):
         }
         part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
         self._momentum_is_split |= part.pipeline.owner_gradients
-
-    def _step_adamw(self, turn: Turn) -> None:
-        with self._clock.phase("adamw", turn.part.pipeline.device):
-            for index, group in enumerate(self.param_groups):
-                params = [entry.param for entry in turn.entries if entry.fact.group == index]
-                if group["use_muon"] or not params:
-                    continue
-                local = [local_tensor(param) for param in params]
-                grads = [local_gradient(param) for param in params]
-                adamw_update(
-                    local,
-                    # a shard whose gradient other ranks have takes part with zeros
-                    [torch.zeros_like(mine) if grad is None else grad for mine, grad in zip(local, grads, strict=True)],
-                    [{key: local_tensor(value) for key, value in self.state[param].items()} for param in params],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    foreach=self._options.foreach,
-                    fused=self._options.fused,
-                )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from distmuon.comm.layout import check_gradient, local_tensor
 from distmuon.groups import Group
 from distmuon.numerics.update import all_zero
 from distmuon.options import Options
+
+_STATE_KEYS = {True: {"momentum_buffer"}, False: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,16 @@ class Turn:
         return [entry for number, entry in self.part.entries.items() if self.active[number]]
 
 
-def agree_on_turns(binding: Binding, groups: Sequence[Group], options: Options, *, fresh: bool) -> list[Turn] | None:
+def agree_on_turns(
+    binding: Binding, groups: Sequence[Group], options: Options, state: Mapping[Tensor, Mapping[str, Any]]
+) -> list[Turn] | None:
     """Decide with all ranks what this step is.
 
     Args:
         binding: The parameters.
         groups: The parameter groups.
         options: The settings of the optimizer.
-        fresh: Whether there is no state yet.
+        state: Of the optimizer.
 
     Returns:
         A turn for each part; None if parameters changed on any rank, so that all have to bind them again.
@@ -55,65 +60,81 @@ def agree_on_turns(binding: Binding, groups: Sequence[Group], options: Options, 
     stale = not binding.fits(groups)
     if stale and (options.static_grads or all(part.group is None for part in binding.parts)):
         return None
-    zero_rates = all(_is_zero(group["lr"], read=fresh) for group in groups)
+    looks, error = [_Look.blank(part) for part in binding.parts], None
+    idle = False
+    if not stale:
+        try:
+            looks = [_look(part, state) for part in binding.parts]
+            # a step is idle only if it is for all parts
+            zero_rates = all(_is_zero(group["lr"], read=not state) for group in groups)
+            idle = zero_rates and all(map(_gradients_are_zero, binding.parts))
+        except Exception as raised:  # whatever it is, the other ranks wait to hear of it
+            error = raised
     turns: list[Turn] = []
-    for part in binding.parts:
-        if part.active is not None and not zero_rates:
-            _check_promise(part)
-            turns.append(Turn(part, part.active, False))
+    for part, look in zip(binding.parts, looks, strict=True):
+        if part.group is None or part.active is not None:
+            if error is not None:
+                raise error
+            if part.active is not None:
+                _check_promise(part)
+            # what several ranks agreed on, the first part, holds for what this rank has alone
+            alone = turns[0].idle if turns else idle
+            turns.append(Turn(part, part.active or tuple(look.present), alone and part.active is None))
             continue
-        agreement = _agree_on_part(part, binding.parts, stale=stale, zero_rates=zero_rates)
+        agreement = agree(
+            part.group,
+            part.pipeline.device,
+            replan=stale,
+            idle=idle,
+            gradients=look.present,
+            unreduced=look.unreduced,
+            error=error,
+        )
         if agreement.replan:
             return None
+        _check_presence(part, agreement, look.present)
         active = tuple(count > 0 for count in agreement.gradients)
-        # what several ranks agreed on, the first part, holds for what this rank has alone
-        idle = turns[0].idle if turns else agreement.idle
-        if options.static_grads and not idle and part.group is not None:
+        if options.static_grads and not agreement.idle:
             part.active = active
-        turns.append(Turn(part, active, idle))
+        turns.append(Turn(part, active, agreement.idle))
     return turns
 
 
-def _agree_on_part(part: Part, parts: Sequence[Part], *, stale: bool, zero_rates: bool) -> Agreement:
-    """Learn from all ranks of a part who has gradients.
+@dataclass(frozen=True)
+class _Look:
+    """What this rank sees of a part: which parameters have a gradient, and which of these in other placements."""
 
-    Args:
-        part: Some parameters; without a process group there is nobody to ask.
-        parts: All parts of the optimizer: a step is idle only if it is for all of them.
-        stale: Whether this rank's parameters are no longer those of ``part``.
-        zero_rates: Whether every learning rate is zero.
+    present: list[bool]
+    unreduced: list[bool]
+
+    @classmethod
+    def blank(cls, part: Part) -> _Look:
+        """Nothing at all."""
+        return cls([False] * len(part.keys), [False] * len(part.keys))
+
+
+def _look(part: Part, state: Mapping[Tensor, Mapping[str, Any]]) -> _Look:
+    """Look at this rank's gradients and state without talking to others.
 
     Raises:
-        Exception: on every rank, what any rank found wrong with a gradient.
+        TypeError: for a gradient that cannot be used.
+        ValueError: for one of another shape, or state that is not of this optimizer.
     """
-    error: Exception | None = None
-    present, unreduced, idle = [False] * len(part.keys), [False] * len(part.keys), False
-    if not stale:
-        try:
-            for number, entry in part.entries.items():
-                grad = entry.param.grad
-                if grad is not None:
-                    unreduced[number] = check_gradient(entry.fact.name, entry.param, grad)
-                    present[number] = True
-            idle = zero_rates and all(_gradients_are_zero(each) for each in parts)
-        except (TypeError, ValueError) as raised:
-            error = raised
-    if part.group is None:
-        if error is not None:
-            raise error
-        return Agreement(stale, idle, tuple(map(int, present)), tuple(map(int, unreduced)))
-    agreement = agree(
-        part.group,
-        part.pipeline.device,
-        replan=stale,
-        idle=idle,
-        gradients=present,
-        unreduced=unreduced,
-        error=error,
-    )
-    if not agreement.replan:
-        _check_presence(part, agreement, present)
-    return agreement
+    look = _Look.blank(part)
+    for number, entry in part.entries.items():
+        grad = entry.param.grad
+        if grad is None:
+            continue
+        look.unreduced[number] = check_gradient(entry.fact.name, entry.param, grad)
+        look.present[number] = True
+        kept = state.get(entry.param)
+        missing = _STATE_KEYS[entry.fact.use_muon].difference(kept) if kept else ()
+        if missing:
+            raise ValueError(
+                f"the state of parameter {entry.fact.name!r} lacks {', '.join(sorted(missing))}: load a state dict of "
+                "the same routing, or start without optimizer state."
+            )
+    return look
 
 
 def _check_presence(part: Part, agreement: Agreement, present: Sequence[bool]) -> None:
@@ -121,14 +142,14 @@ def _check_presence(part: Part, agreement: Agreement, present: Sequence[bool]) -
     assert part.group is not None
     doubtful = []
     for number, shards in enumerate(part.shards):
-        count = agreement.gradients[number]
+        count, unreduced = agreement.gradients[number], agreement.unreduced[number]
+        if 0 < unreduced < len(shards):
+            raise ValueError(
+                f"parameter {part.keys[number][0]!r} has a gradient in other placements than its own on {unreduced} of "
+                f"{len(shards)} ranks: they redistribute it together, so give every rank such a gradient, zeros for None."
+            )
         if not 0 < count < len(shards):
             continue
-        if agreement.unreduced[number]:
-            raise ValueError(
-                f"parameter {part.keys[number][0]!r} has a gradient that is still to be reduced over its mesh on "
-                f"{count} of {len(shards)} ranks and None on the others: set it to zeros where it is None."
-            )
         if len(set(shards.values())) < len(shards):
             doubtful.append(number)
     if doubtful:

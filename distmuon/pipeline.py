@@ -53,8 +53,7 @@ class _Flight:
 class Pipeline:
     """Runs the buckets of one plan on one rank.
 
-    At any time at most one bucket is arriving, one is computed and one is leaving, so buffers take at most
-    five times what a rank owns of a bucket (what it sends and what it receives for two, matrices for one).
+    At any time at most one bucket is arriving, one is computed and one is leaving: see :meth:`buffer_bytes`.
 
     Attributes:
         plan: What to do.
@@ -81,6 +80,17 @@ class Pipeline:
     bytes_sent: int = 0
     owner_gradients: bool = False
     _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
+
+    def buffer_bytes(self) -> int:
+        """Most bytes of buffers at once on this rank: of one bucket each that arrives, is computed and leaves."""
+        arriving, computed, leaving = 0, 0, 0
+        for number, bucket in enumerate(self.plan.buckets):
+            routes = self._route(number, bucket, (True,) * len(self.plan.parameters))
+            kept = sum(part.box.numel for part in routes.kept)
+            arriving = max(arriving, routes.gather.send_numel + routes.gather.receive_numel + kept)
+            computed = max(computed, routes.matrices * bucket.rows * bucket.cols)
+            leaving = max(leaving, routes.scatter.send_numel + routes.scatter.receive_numel)
+        return (arriving + computed + leaving) * self._dtype.itemsize
 
     def run(self, groups: Sequence[Group], local: Mapping[int, LocalParameter], active: Sequence[bool]) -> None:
         """Update the parameters of the plan in place.
@@ -152,9 +162,6 @@ class Pipeline:
         self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
     ) -> None:
         routes, bucket = flight.routes, flight.bucket
-        if not routes.held:  # a rank that stores none of it need not even have the group
-            return
-        group = groups[bucket.group]
         places: dict[int, Tensor] = {}
         start = 0
         for part in routes.kept:
@@ -163,24 +170,28 @@ class Pipeline:
             else:
                 places[part.slot] = flight.kept[start : start + part.box.numel].view(part.box.sizes)
             start += part.box.numel
-        grads, buffers, outs = [], [], []
         elsewhere = self.plan.sole_owners if self.owner_gradients else {}
-        for part in routes.held:
-            if elsewhere.get(bucket.assignments[part.slot].parameter, self.rank) != self.rank:
-                continue
-            mine = local[bucket.assignments[part.slot].parameter]
-            buffer = _at(mine.momentum, part.box, mine.box)
-            buffers.append(buffer)
-            grads.append(torch.zeros_like(buffer) if mine.grad is None else _at(mine.grad, part.box, mine.box))
-            outs.append(places.get(part.slot) if part.start is None else _packed(flight.gather.send, part))
-        blend_momentum(
-            grads,
-            buffers,
-            outs,
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            foreach=self._foreach,
-        )
+        held = [
+            part
+            for part in routes.held
+            if elsewhere.get(bucket.assignments[part.slot].parameter, self.rank) == self.rank
+        ]
+        for index, parts in self._by_group(bucket, held).items():
+            grads, buffers, outs = [], [], []
+            for part in parts:
+                mine = local[bucket.assignments[part.slot].parameter]
+                buffer = _at(mine.momentum, part.box, mine.box)
+                buffers.append(buffer)
+                grads.append(torch.zeros_like(buffer) if mine.grad is None else _at(mine.grad, part.box, mine.box))
+                outs.append(places.get(part.slot) if part.start is None else _packed(flight.gather.send, part))
+            blend_momentum(
+                grads,
+                buffers,
+                outs,
+                momentum=groups[index]["momentum"],
+                nesterov=groups[index]["nesterov"],
+                foreach=self._foreach,
+            )
 
     def _unpack(self, flight: _Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
@@ -203,9 +214,11 @@ class Pipeline:
 
     def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
         assert flight.matrices is not None
-        if not flight.routes.matrices:
+        if not flight.routes.matrices:  # a rank that owns none of it need not even have the group
             return
-        group = groups[flight.bucket.group]
+        # matrices of one bucket share their iteration, whatever groups they are in
+        slot = next(iter(flight.routes.place))
+        group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
         with self.clock.phase("ns", self.device):
             orthogonalize_(
                 flight.matrices,
@@ -254,22 +267,30 @@ class Pipeline:
         local: Mapping[int, LocalParameter],
     ) -> None:
         bucket = flight.bucket
-        if not parts:
-            return
-        group = groups[bucket.group]
-        holders = [local[bucket.assignments[part.slot].parameter] for part in parts]
-        params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, parts, strict=True)]
-        apply_direction(
-            params,
-            # parameters of FSDP's CPU offload lie elsewhere than matrices are multiplied
-            [direction.to(param.device) for direction, param in zip(directions, params, strict=True)],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
-            foreach=self._foreach,
-            exact=not self.options.batched,
-            tall=bucket.rows > bucket.cols,
-        )
+        direction_of = {part.slot: direction for part, direction in zip(parts, directions, strict=True)}
+        for index, members in self._by_group(bucket, parts).items():
+            group = groups[index]
+            holders = [local[bucket.assignments[part.slot].parameter] for part in members]
+            params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
+            apply_direction(
+                params,
+                # parameters of FSDP's CPU offload lie elsewhere than matrices are multiplied
+                [direction_of[part.slot].to(param.device) for part, param in zip(members, params, strict=True)],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
+                foreach=self._foreach,
+                exact=not self.options.batched,
+                tall=bucket.rows > bucket.cols,
+            )
+
+    def _by_group(self, bucket: Bucket, parts: Sequence[Part]) -> dict[int, list[Part]]:
+        """Parts by the index of their parameter group, which has their hyperparameters."""
+        found: dict[int, list[Part]] = {}
+        for part in parts:
+            parameter = bucket.assignments[part.slot].parameter
+            found.setdefault(self.plan.parameters[parameter].group, []).append(part)
+        return found
 
     def _view(self, flight: _Flight, part: Part) -> Tensor:
         """The elements of ``part`` in the stack of owned matrices."""

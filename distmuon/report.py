@@ -11,8 +11,8 @@ from distmuon.groups import Group, group_names
 from distmuon.numerics.hardware import compute_dtype
 from distmuon.numerics.update import lr_scale
 from distmuon.options import Options
+from distmuon.pipeline import Pipeline
 from distmuon.plan.matrices import matrix_spec
-from distmuon.plan.plan import Plan
 from distmuon.routing import Route
 
 
@@ -74,7 +74,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def build_report(
-    groups: Sequence[Group], routes: Mapping[str, Route], options: Options, plans: Sequence[Plan]
+    groups: Sequence[Group], routes: Mapping[str, Route], options: Options, pipelines: Sequence[Pipeline]
 ) -> RoutingReport:
     """Say of every parameter what it gets and why, with effective learning rates as they are now.
 
@@ -82,7 +82,7 @@ def build_report(
         groups: The parameter groups of an optimizer.
         routes: Of the parameters that were routed.
         options: The settings of the optimizer.
-        plans: Of its steps, once they are known.
+        pipelines: Of its steps, once they are known.
     """
     rows = []
     for index, group in enumerate(groups):
@@ -98,7 +98,7 @@ def build_report(
             rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
     devices = {param.device for group in groups if group["use_muon"] for param in group["params"]}
     notes = [_precision_note(device, options) for device in sorted(devices, key=str)]
-    notes += [_plan_note(plan, options.wire_dtype) for plan in plans]
+    notes += [_plan_note(pipeline) for pipeline in pipelines]
     return RoutingReport(tuple(rows), tuple(notes))
 
 
@@ -120,12 +120,11 @@ def _precision_note(device: torch.device, options: Options) -> str:
     return f"Newton-Schulz on {device}: {asked}{note}."
 
 
-def _plan_note(plan: Plan, dtype: torch.dtype) -> str:
+def _plan_note(pipeline: Pipeline) -> str:
     """Who does the work, and how much memory that takes for the while."""
-    owned = max((max(bucket.owned_numel().values()) for bucket in plan.buckets), default=0) * dtype.itemsize
-    if len(plan.ranks) == 1:
-        return f"{len(plan.buckets)} buckets on one rank, at most {owned / 2**20:.1f} MiB of matrices each."
-    return (
-        f"{len(plan.buckets)} buckets over {len(plan.ranks)} ranks, load of the busiest {plan.imbalance:.3f} of the "
-        f"mean; a rank owns at most {owned / 2**20:.1f} MiB of a bucket and buffers take at most five times that."
-    )
+    plan = pipeline.plan
+    where = "on one rank"
+    if len(plan.ranks) > 1:
+        where = f"over {len(plan.ranks)} ranks, load of the busiest {plan.imbalance:.3f} of the mean"
+    buffers = pipeline.buffer_bytes() / 2**20
+    return f"{len(plan.buckets)} buckets {where}; buffers of rank {pipeline.rank} take at most {buffers:.1f} MiB."

@@ -197,6 +197,8 @@ def _route_by_name(name: str, param: Tensor) -> Route:
 
 
 def _by_shape(name: str, param: Tensor, what: str, *, flatten: bool = False) -> Route:
+    if param.numel() == 0:
+        return Route(False, "empty")
     try:
         spec = matrix_spec(name, param.shape, flatten=flatten)
     except ValueError as error:

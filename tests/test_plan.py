@@ -74,7 +74,7 @@ def test_every_matrix_is_owned_once_in_a_bucket_of_its_shape(drawn):
     for bucket in plan.buckets:
         members = [specs[assignment.parameter] for assignment in bucket.assignments]
         assert {(m.matrices.rows, m.matrices.cols) for m in members} == {(bucket.rows, bucket.cols)}
-        assert len({(m.group, m.kind) for m in members}) == 1
+        assert len({m.kind for m in members}) == 1
         for owner, numel in bucket.owned_numel().items():
             assert owner in ranks
             assert numel <= max(bucket_numel, bucket.rows * bucket.cols)
@@ -283,4 +283,4 @@ def test_a_spec_covers_its_parameter(shape, flatten):
     for size in shape:
         product *= size
     assert found.numel == product
-    assert found.stacked_shape[0] == (shape[0] if len(shape) == 3 and not flatten else 1)
+    assert found.count == (shape[0] if len(shape) == 3 and not flatten else 1)

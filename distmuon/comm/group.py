@@ -36,6 +36,11 @@ def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
+def as_group(mesh: Mesh) -> ProcessGroup:
+    """The process group of a mesh of one axis."""
+    return mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
+
+
 def common_ranks(rank_sets: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """The ranks that have to step together, from the rank sets of all parameters that are not local.
 
@@ -59,10 +64,8 @@ def group_of(ranks: tuple[int, ...], meshes: Iterable[Mesh]) -> dist.ProcessGrou
     for mesh in meshes:
         if mesh_ranks(mesh) != ranks:
             continue
-        if isinstance(mesh, dist.ProcessGroup):
-            return mesh
-        if mesh.ndim == 1:
-            return mesh.get_group()
+        if isinstance(mesh, dist.ProcessGroup) or mesh.ndim == 1:
+            return as_group(mesh)
     if ranks == tuple(range(dist.get_world_size())):
         world = dist.group.WORLD
         assert world is not None, "callers have asked distributed() before"

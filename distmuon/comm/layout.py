@@ -113,10 +113,9 @@ def as_dtensor(tensor: Tensor) -> DTensor | None:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank stores of ``tensor``, as a plain tensor that shares its memory."""
+    """What this rank stores of ``tensor``, as a plain tensor that shares its memory; call it under no_grad."""
     dtensor = as_dtensor(tensor)
-    with torch.no_grad():
-        return tensor.detach() if dtensor is None else dtensor.to_local()
+    return tensor.detach() if dtensor is None else dtensor.to_local()
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> bool:

@@ -29,6 +29,10 @@ def reduce_to_owners(
         The bucket's buffer, once it is filled.
     """
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
+    if len(ranks) == 1:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
     pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
     common = [grad for param, grad in pairs if param not in owners]
     by_owner = {rank: [grad for param, grad in pairs if owners.get(param) == rank] for rank in ranks}
@@ -39,12 +43,12 @@ def reduce_to_owners(
     receive = buffer.new_empty((len(ranks) - 1) * own_numel)
     summed = _flat(common, buffer).div_(len(ranks))
     receive_splits = [0 if rank == me else own_numel for rank in ranks]
-    works = [
-        dist.all_to_all_single(receive, send, receive_splits, splits, group=group, async_op=True),
-        dist.all_reduce(summed, group=group, async_op=True),
-    ]
+    exchanged = dist.all_to_all_single(receive, send, receive_splits, splits, group=group, async_op=True).get_future()
+    reduced = dist.all_reduce(summed, group=group, async_op=True).get_future()
 
     def finish(_: object) -> Tensor:
+        # on CUDA this makes the callback's stream wait for the first transfer, as `then` does for the second
+        exchanged.wait()
         with torch.no_grad():
             _add_up(own, receive, ranks.index(me), len(ranks))
             for rank in ranks:
@@ -59,7 +63,7 @@ def reduce_to_owners(
         send.numel()
         return buffer
 
-    return torch.futures.collect_all([work.get_future() for work in works]).then(finish)
+    return reduced.then(finish)
 
 
 def _flat(tensors: list[Tensor], like: Tensor) -> Tensor:

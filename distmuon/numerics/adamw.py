@@ -58,7 +58,8 @@ def adamw_update(
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
-        foreach=foreach,
+        # torch has no foreach kernels for a tensor rate, and chooses well by itself
+        foreach=None if isinstance(lr, Tensor) else foreach,
         fused=fused,
         amsgrad=False,
         beta1=betas[0],

@@ -2,7 +2,8 @@
 
 The one place that names torch's foreach functions: they are documented, have no public alias, and turn
 hundreds of kernel launches into a few on a GPU. Their last bit can differ from that of one tensor's
-operation (a bfloat16 tensor times a number does), so ``foreach=False`` keeps to the plain ones.
+operation (a bfloat16 tensor times a number does), so ``foreach=False`` keeps to the plain ones. They refuse
+empty lists, which a rank that owns or stores nothing of a bucket has.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
 def lerp_(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> None:
     """``t <- t + weight * (end - t)`` in place; dtypes of the two lists agree."""
-    if foreach:
+    if foreach and tensors:
         torch._foreach_lerp_(tensors, ends, weight)
         return
     for tensor, end in zip(tensors, ends, strict=True):
@@ -26,14 +27,14 @@ def lerp_(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> N
 
 def lerp(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> Tensors:
     """``t + weight * (end - t)`` as new tensors; dtypes of the two lists agree."""
-    if foreach:
+    if foreach and tensors:
         return torch._foreach_lerp(tensors, ends, weight)
     return [tensor.lerp(end, weight) for tensor, end in zip(tensors, ends, strict=True)]
 
 
 def copy_(targets: Tensors, sources: Tensors, *, foreach: bool) -> None:
     """Copy each source into its target, cast to the target's dtype."""
-    if foreach:
+    if foreach and targets:
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources, strict=True):
@@ -42,7 +43,7 @@ def copy_(targets: Tensors, sources: Tensors, *, foreach: bool) -> None:
 
 def decay_and_add_(tensors: Tensors, factor: float, others: Tensors, alpha: float, *, foreach: bool) -> None:
     """``t <- factor * t + alpha * other`` in place."""
-    if foreach:
+    if foreach and tensors:
         torch._foreach_mul_(tensors, factor)
         torch._foreach_add_(tensors, others, alpha=alpha)
         return

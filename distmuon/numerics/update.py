@@ -81,17 +81,20 @@ def blend_momentum(
         nesterov: Blend the gradient in once more.
         foreach: See :mod:`distmuon.numerics.elementwise`.
     """
+    if not foreach:
+        # one at a time, so that only one cast and one blended gradient are held at once
+        for grad, buffer, target in zip(grads, buffers, out, strict=True):
+            cast = grad.to(buffer.dtype)
+            buffer.lerp_(cast, 1 - momentum)
+            if target is not None:
+                target.copy_(cast.lerp(buffer, momentum) if nesterov else buffer)
+        return
     grads = [grad.to(buffer.dtype) for grad, buffer in zip(grads, buffers, strict=True)]
-    lerp_(buffers, grads, 1 - momentum, foreach=foreach)
+    lerp_(buffers, grads, 1 - momentum, foreach=True)
     wanted = [number for number, target in enumerate(out) if target is not None]
     targets = [target for target in out if target is not None]
     grads, buffers = [grads[number] for number in wanted], [buffers[number] for number in wanted]
-    if foreach:
-        copy_(targets, lerp(grads, buffers, momentum, foreach=True) if nesterov else buffers, foreach=True)
-        return
-    # one at a time, so that only one blended gradient is held beside its rounded copy
-    for grad, buffer, target in zip(grads, buffers, targets, strict=True):
-        target.copy_(grad.lerp(buffer, momentum) if nesterov else buffer)
+    copy_(targets, lerp(grads, buffers, momentum, foreach=True) if nesterov else buffers, foreach=True)
 
 
 def apply_direction(
@@ -122,8 +125,9 @@ def apply_direction(
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         device_lr = lr.squeeze()
         for param, direction in zip(params, directions, strict=True):
-            param.mul_(1 - device_lr * weight_decay)
-            param.sub_(direction.to(param.dtype) * (device_lr * scale))
+            rate_here = device_lr.to(param.device)
+            param.mul_(1 - rate_here * weight_decay)
+            param.sub_(direction.to(param.dtype) * (rate_here * scale))
         return
     rate = float(lr)
     if exact and params and params[0].device.type == "cpu" and params[0].dtype.itemsize == 2:

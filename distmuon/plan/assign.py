@@ -76,7 +76,7 @@ def _place(spec: ParameterSpec, piece: _Piece) -> tuple[object, ...]:
 
     The name, not the place in the list, breaks ties: ranks may list parameters in another order.
     """
-    return -piece.cost, -piece.numel, spec.group, spec.kind, spec.matrices.rows, spec.name, piece.first
+    return -piece.cost, -piece.numel, spec.kind, spec.matrices.rows, spec.name, piece.first
 
 
 def _pieces(index: int, spec: ParameterSpec, most_numel: int) -> Iterator[_Piece]:

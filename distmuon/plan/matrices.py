@@ -29,11 +29,6 @@ class MatrixSpec:
         return self.count * self.rows * self.cols
 
     @property
-    def stacked_shape(self) -> tuple[int, int, int]:
-        """The shape ``(count, rows, cols)`` that the parameter is viewed in."""
-        return self.count, self.rows, self.cols
-
-    @property
     def degenerate(self) -> bool:
         """Whether a matrix has a single row or column, so that its polar factor is its direction only."""
         return min(self.rows, self.cols) < 2
@@ -61,6 +56,8 @@ def matrix_spec(parameter: str, shape: Sequence[int], *, flatten: bool) -> Matri
             f"parameter {parameter!r} has shape {dims}, which holds no matrix: put it in a group with "
             "use_muon=False (a flattened parameter of FSDP1 or ZeRO must be sharded by fully_shard instead)."
         )
+    if 0 in dims:
+        raise ValueError(f"parameter {parameter!r} has shape {dims}, which holds no elements: use_muon=False takes it.")
     if flatten:
         return MatrixSpec(parameter, 1, dims[0], math.prod(dims[1:]))
     if len(dims) == 2:

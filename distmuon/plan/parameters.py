@@ -36,7 +36,7 @@ class ParameterSpec:
         shape: Its global shape.
         holdings: Who stores what, by ascending rank; together the ranks of one replica cover it once.
         group: Index of its parameter group.
-        kind: What must be equal inside a bucket beside shape and group, such as device and dtype.
+        kind: What must be equal inside a bucket beside the shape, such as dtype and iteration.
         cost: Relative time to orthogonalize one of its matrices.
     """
 

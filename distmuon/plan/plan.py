@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from distmuon.plan.assign import Assignment, assign, balance, lots
 from distmuon.plan.parameters import Holding, ParameterSpec, check_cover, stored_numel
 
+# Updates that come back to a rank from one bucket may take this many times what it may own of it
+_RETURNING = 8
+
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of one shape and parameter group that go through the step together.
+    """Matrices of one shape that go through the step together.
 
     Attributes:
-        group: Index of the parameter group.
         rows: Rows of every matrix.
         cols: Columns of every matrix.
         assignments: What is in it and who owns it.
@@ -26,18 +28,12 @@ class Bucket:
         replicated: Whether every rank of the plan stores all of it.
     """
 
-    group: int
     rows: int
     cols: int
     assignments: tuple[Assignment, ...]
     gathers: bool
     scatters: bool
     replicated: bool
-
-    @property
-    def numel(self) -> int:
-        """Elements of all its matrices."""
-        return sum(assignment.count for assignment in self.assignments) * self.rows * self.cols
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -73,11 +69,13 @@ class Plan:
     def sole_owners(self) -> dict[int, int]:
         """The owner of each parameter that every rank stores whole and one rank owns whole, by place."""
         owners: dict[int, set[int]] = {}
+        apart = set()
         for bucket in self.buckets:
             for assignment in bucket.assignments:
-                if bucket.replicated:
-                    owners.setdefault(assignment.parameter, set()).add(assignment.owner)
-        return {place: next(iter(found)) for place, found in owners.items() if len(found) == 1}
+                owners.setdefault(assignment.parameter, set()).add(assignment.owner)
+                if not bucket.replicated:
+                    apart.add(assignment.parameter)
+        return {place: next(iter(found)) for place, found in owners.items() if len(found) == 1 and place not in apart}
 
     @property
     def imbalance(self) -> float:
@@ -114,36 +112,49 @@ def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], buc
         if (spec.shape, spec.holdings) not in looked_at:
             looked_at.add((spec.shape, spec.holdings))
             check_cover(spec)
-    classes: dict[tuple[int, int, int, str], list[Assignment]] = {}
+    classes: dict[tuple[int, int, str], list[Assignment]] = {}
     for assignment in assign(parameters, most_numel=bucket_numel):
         spec = parameters[assignment.parameter]
-        key = (spec.group, spec.matrices.rows, spec.matrices.cols, spec.kind)
+        key = (spec.matrices.rows, spec.matrices.cols, spec.kind)
         classes.setdefault(key, []).append(assignment)
     ordered = tuple(sorted(ranks))
     buckets = []
-    for (group, rows, cols, _), members in classes.items():
-        for part in _cut(members, rows * cols, bucket_numel):
-            buckets.append(_bucket(group, rows, cols, part, parameters, ordered))
+    for (rows, cols, _), members in classes.items():
+        for part in _cut(members, parameters, bucket_numel):
+            buckets.append(_bucket(rows, cols, part, parameters, ordered))
     return Plan(ordered, tuple(parameters), tuple(buckets))
 
 
-def _cut(members: Sequence[Assignment], matrix_numel: int, bucket_numel: int) -> list[list[Assignment]]:
-    """Cut matrices of one shape into buckets, of which each owner has its next lot."""
+def _cut(
+    members: Sequence[Assignment], parameters: Sequence[ParameterSpec], bucket_numel: int
+) -> list[list[Assignment]]:
+    """Cut matrices of one shape into buckets, of which each owner has its next lot.
+
+    Where every rank stores everything, all updates of a bucket come to every rank, so these are cut again.
+    """
     by_owner: dict[int, list[Assignment]] = {}
     for assignment in members:
         by_owner.setdefault(assignment.owner, []).append(assignment)
     lot_of: dict[Assignment, int] = {}
     for owned in by_owner.values():
-        numbers = lots([assignment.count * matrix_numel for assignment in owned], bucket_numel)
-        lot_of.update(zip(owned, numbers, strict=True))
+        numels = [assignment.count * parameters[assignment.parameter].matrix_numel for assignment in owned]
+        lot_of.update(zip(owned, lots(numels, bucket_numel), strict=True))
     parts: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of.values()))]
     for assignment in members:
         parts[lot_of[assignment]].append(assignment)
-    return parts
+    cut = []
+    for part in parts:
+        stored = []
+        for assignment in part:
+            spec = parameters[assignment.parameter]
+            box = spec.box_of(assignment.first, assignment.count)
+            stored.append(max(stored_numel(spec.holdings, box).values()))
+        numbers = lots(stored, _RETURNING * bucket_numel)
+        cut += [[a for a, n in zip(part, numbers, strict=True) if n == number] for number in range(numbers[-1] + 1)]
+    return cut
 
 
 def _bucket(
-    group: int,
     rows: int,
     cols: int,
     members: Sequence[Assignment],
@@ -159,4 +170,4 @@ def _bucket(
         gathers |= stored.get(assignment.owner) != box.numel
         scatters |= any(rank != assignment.owner for rank in stored)
         replicated &= len(stored) == len(ranks) and all(numel == box.numel for numel in stored.values())
-    return Bucket(group, rows, cols, tuple(members), gathers, scatters, replicated and len(ranks) > 1)
+    return Bucket(rows, cols, tuple(members), gathers, scatters, replicated and len(ranks) > 1)

@@ -123,6 +123,47 @@ def a_layout_that_is_no_shard():
     return outcome(lambda: distmuon.Muon([("w", param)], **SETTINGS).step())
 
 
+def own_sparse_gradient_beside_shared_parameters():
+    """The shared part is agreed on first, and must not go on without the rank that fails in its own part."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    shared = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    own = nn.Parameter(torch.ones(6, 6))
+    optimizer = distmuon.Muon([("shared", shared), ("own", own)], **SETTINGS)
+    shared.grad, own.grad = torch.ones_like(shared), torch.ones_like(own)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        with mock.patch.object(nn.Parameter, "grad", torch.ones(6, 6).to_sparse()):
+            return outcome(optimizer.step)
+    return outcome(optimizer.step)
+
+
+def group_without_momentum_on_one_rank():
+    optimizer = optimizer_of(with_gradients(weights((4, 6))))
+    if dist.get_rank() == 1:
+        del optimizer.param_groups[0]["momentum"]
+    return outcome(optimizer.step)
+
+
+def state_without_momentum_on_one_rank():
+    optimizer = optimizer_of(with_gradients(weights((4, 6))))
+    optimizer.step()
+    if dist.get_rank() == 1:
+        (state,) = optimizer.state.values()
+        state["exp_avg"] = state.pop("momentum_buffer")
+    return outcome(optimizer.step)
+
+
+def unreduced_gradient_on_one_rank():
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()]))
+    placements = [Partial()] if dist.get_rank() == 0 else [Replicate()]
+    param.grad = DTensor.from_local(torch.ones(4, 4), mesh, placements)
+    return outcome(distmuon.Muon([("w", param)], **SETTINGS).step)
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
@@ -134,6 +175,13 @@ def a_layout_that_is_no_shard():
         (another_group, "ValueError: rank 0: parameter 'w1' has the group 1 on rank 0 and 0 on rank 1"),
         (missing_gradient_on_one_replica, "ValueError: parameter 'w1' is replicated, and ranks [0] have its gradient"),
         (a_layout_that_is_no_shard, "ValueError: rank 1: parameter 'w' has the placements (Partial(sum),)"),
+        (own_sparse_gradient_beside_shared_parameters, "TypeError: rank 1: the gradient of 'shared' has the layout"),
+        (group_without_momentum_on_one_rank, "RuntimeError: rank 1: 'momentum'"),
+        (state_without_momentum_on_one_rank, "ValueError: rank 1: the state of parameter 'w0' lacks momentum_buffer"),
+        (
+            unreduced_gradient_on_one_rank,
+            "ValueError: parameter 'w' has a gradient in other placements than its own on 1",
+        ),
         (sparse_gradient_on_one_rank, "TypeError: rank 1: the gradient of 'w0' has the layout torch.sparse_coo"),
     ],
 )
@@ -225,3 +273,21 @@ def broken_promise():
 def test_a_gradient_that_static_grads_excluded_is_an_error(two):
     for found in two.run(broken_promise):
         assert found.startswith("ValueError: parameter 'w1' has a gradient now and had none in the first step")
+
+
+def a_stage_without_matrices():
+    """A pipeline stage may hold an embedding and norms alone, beside ranks that hold matrices."""
+    if dist.get_rank() == 0:
+        model = nn.ModuleList([nn.Embedding(5, 4), nn.LayerNorm(4)])
+    else:
+        model = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+    optimizer = distmuon.Muon(model, **SETTINGS)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.step()
+    return all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_rank_may_have_nothing_on_muon(two):
+    assert two.run(a_stage_without_matrices) == [True, True]

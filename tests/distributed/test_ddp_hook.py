@@ -213,3 +213,51 @@ def unshared():
 def test_an_optimizer_that_shares_nothing_is_an_error(pools):
     for told in pools[2].run(unshared):
         assert "pass the DistributedDataParallel module itself" in told
+
+
+def groups_change(when):
+    """A matrix joins after the first step, before or after the backward pass of the second."""
+    model = DistributedDataParallel(Net())
+    named = dict(model.named_parameters())
+    late = named.pop("module.layers.4.weight")
+    optimizer = distmuon.Muon(named.items(), lr=0.02, adamw_lr=1e-3, mesh=model.process_group)
+    model.register_comm_hook(optimizer, distmuon.ddp_hook)
+    train(model, optimizer, [0])
+    optimizer.zero_grad()
+    late.grad = None
+    group = {"params": [("late", late)], "use_muon": True}
+    if when == "before":
+        optimizer.add_param_group(group)
+    model(batch(1)).backward()
+    if when == "after":
+        optimizer.add_param_group(group)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    train(model, optimizer, [2])
+    return all(bool(param.isfinite().all()) for param in model.parameters()) and replicas_agree(model)
+
+
+def test_groups_may_change_before_the_backward_pass_only(pools):
+    assert pools[2].run(groups_change, "before") == [True, True]
+    for told in pools[2].run(groups_change, "after"):
+        assert told.startswith("parameter groups changed between the backward pass and the step")
+
+
+def alone():
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    model = DistributedDataParallel(Net(), process_group=group)
+    twin = Net()
+    optimizer, reference = optimizer_of(model), optimizer_of(twin)
+    model.register_comm_hook(optimizer, distmuon.ddp_hook)
+    for step in range(2):
+        for each, stepping in ((model, optimizer), (twin, reference)):
+            stepping.zero_grad()
+            each(batch(step)).backward()
+            stepping.step()
+    return distance(model, twin)
+
+
+def test_a_group_of_one_has_nothing_to_reduce(pools):
+    assert pools[2].run(alone) == [0.0, 0.0]

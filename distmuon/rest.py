@@ -1,0 +1,51 @@
+"""What needs no whole matrix: the state of a parameter, and the AdamW step of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmuon.comm.layout import local_gradient, local_tensor
+from distmuon.groups import Group
+from distmuon.numerics.adamw import adamw_update, init_state
+from distmuon.options import Options
+from distmuon.participation import Turn
+
+
+def create_state(turn: Turn, state: dict[Tensor, dict[str, Any]], options: Options) -> None:
+    """Make the state of the parameters that take part and have none: of their shape, mesh and placements."""
+    for entry in turn.entries:
+        kept = state[entry.param]
+        if not kept and entry.fact.use_muon:
+            kept["momentum_buffer"] = torch.zeros_like(
+                entry.param, dtype=options.momentum_dtype, memory_format=torch.preserve_format
+            )
+        elif not kept:
+            kept.update(init_state(entry.param, fused=options.fused))
+
+
+def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
+    """Update what is not on Muon, each rank its own shard."""
+    members: dict[int, list[Tensor]] = {}
+    for entry in turn.entries:
+        if not entry.fact.use_muon:
+            members.setdefault(entry.fact.group, []).append(entry.param)
+    for index, params in members.items():
+        group = groups[index]
+        local = [local_tensor(param) for param in params]
+        grads = [local_gradient(param) for param in params]
+        adamw_update(
+            local,
+            # a shard whose gradient other ranks have takes part with zeros
+            [torch.zeros_like(mine) if grad is None else grad for mine, grad in zip(local, grads, strict=True)],
+            [{key: local_tensor(value) for key, value in state[param].items()} for param in params],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            foreach=options.foreach,
+            fused=options.fused,
+        )
