@@ -146,7 +146,7 @@ def _check_presence(part: Part, agreement: Agreement, present: Sequence[bool]) -
         if 0 < unreduced < len(shards):
             raise ValueError(
                 f"parameter {part.keys[number][0]!r} has a gradient in other placements than its own on {unreduced} of "
-                f"{len(shards)} ranks: they redistribute it together, so give every rank such a gradient, zeros for None."
+                f"{len(shards)} ranks: they redistribute it together, so give each such a gradient, zeros for None."
             )
         if not 0 < count < len(shards):
             continue

@@ -265,7 +265,7 @@ def test_the_plan_depends_on_no_hash_seed():
 
 @given(models())
 def test_the_order_of_parameters_changes_no_owner(drawn):
-    ranks, specs, bucket_numel = drawn
+    _, specs, bucket_numel = drawn
     owners = {(specs[a.parameter].name, a.first): a.owner for a in assign(specs, most_numel=bucket_numel)}
     backwards = specs[::-1]
     again = {(backwards[a.parameter].name, a.first): a.owner for a in assign(backwards, most_numel=bucket_numel)}

@@ -175,7 +175,7 @@ def unreduced_gradient_on_one_rank():
         (another_group, "ValueError: rank 0: parameter 'w1' has the group 1 on rank 0 and 0 on rank 1"),
         (missing_gradient_on_one_replica, "ValueError: parameter 'w1' is replicated, and ranks [0] have its gradient"),
         (a_layout_that_is_no_shard, "ValueError: rank 1: parameter 'w' has the placements (Partial(sum),)"),
-        (own_sparse_gradient_beside_shared_parameters, "TypeError: rank 1: the gradient of 'shared' has the layout"),
+        (own_sparse_gradient_beside_shared_parameters, "TypeError: rank 1: the gradient of 'own' has the layout"),
         (group_without_momentum_on_one_rank, "RuntimeError: rank 1: 'momentum'"),
         (state_without_momentum_on_one_rank, "ValueError: rank 1: the state of parameter 'w0' lacks momentum_buffer"),
         (
