@@ -119,7 +119,8 @@ def normalize(x: Tensor, eps: float) -> Tensor:
     peak = torch.where(peak == 0, torch.ones_like(peak), peak)
     wide.div_(peak)
     # A non-zero matrix now has an entry of 1, so its norm is at least 1 and the clamp is for zeros alone
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp_(min=1.0)
+    by_row = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # row by row, which takes all threads
+    norm = torch.linalg.vector_norm(by_row, dim=-2, keepdim=True).clamp_(min=1.0)
     if eps > 0.0:
         norm = torch.maximum(norm, eps / peak)
     return wide.div_(norm).to(compute_dtype(x.dtype, x.device))
