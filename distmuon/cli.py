@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pretrain(arguments: Sequence[str]) -> int:
     from distmuon.pretrain.command import run_command
+    from distmuon.pretrain.processes import leave
 
-    return run_command(arguments)
+    return leave(run_command(arguments))
 
 
 def _tokenize(arguments: Sequence[str]) -> int:

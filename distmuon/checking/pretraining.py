@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from distmuon.checking.check import check
 from distmuon.checking.report import CheckReport
-from distmuon.pretrain.config import Config, OptimConfig, validate
+from distmuon.pretrain.config import Config, validate
 from distmuon.pretrain.data import open_tokenizer
 from distmuon.pretrain.errors import UserError
 from distmuon.pretrain.evaluate import language_model_loss
 from distmuon.pretrain.model import build_model, model_config
+from distmuon.pretrain.optimizer import muon_options
 from distmuon.pretrain.parallel import resolve_layout
 from distmuon.pretrain.parse import parse_command
 from distmuon.pretrain.precision import autocast, choose_device, choose_dtype
@@ -86,24 +87,5 @@ def check_config(
         steps=steps,
         micro_batches=micro_batches,
         tolerance=tolerance,
-        **{**_muon_options(config.optim), **options},
+        **{**muon_options(config.optim), **options},
     )
-
-
-def _muon_options(config: OptimConfig) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    if config.ns_coefficients is not None:
-        coefficients = config.ns_coefficients
-        given["ns_coefficients"] = coefficients if isinstance(coefficients, str) else tuple(coefficients)
-    return {
-        "lr": config.lr,
-        "adamw_lr": config.adamw_lr,
-        "weight_decay": config.weight_decay,
-        "momentum": config.momentum,
-        "nesterov": config.nesterov,
-        "ns_steps": config.ns_steps,
-        "adjust_lr_fn": config.adjust_lr_fn,
-        "adamw_betas": (config.betas[0], config.betas[1]),
-        "adamw_eps": config.eps,
-        **given,
-    }

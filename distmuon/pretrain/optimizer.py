@@ -29,7 +29,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, step_stats: bool =
         UserError: If the optimizer refuses its settings.
     """
     try:
-        return _muon(model, config, step_stats) if config.name == "muon" else _adamw(model, config)
+        if config.name == "muon":
+            return distmuon.Muon(model, step_stats=step_stats, **muon_options(config))
+        return _adamw(model, config)
     except (TypeError, ValueError) as error:
         raise UserError(f"the optimizer refuses the optim section: {error}") from error
 
@@ -57,24 +59,24 @@ def routing(optimizer: Optimizer) -> tuple[str, str]:
     return summary, summary
 
 
-def _muon(model: nn.Module, config: OptimConfig, step_stats: bool) -> Optimizer:
-    kwargs: dict[str, Any] = {"step_stats": True} if step_stats else {}
+def muon_options(config: OptimConfig) -> dict[str, Any]:
+    """The arguments of `distmuon.Muon` that the ``optim`` section means."""
+    given: dict[str, Any] = {}
     if config.ns_coefficients is not None:
-        given = config.ns_coefficients
-        kwargs["ns_coefficients"] = given if isinstance(given, str) else tuple(given)
-    return distmuon.Muon(
-        model,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        ns_steps=config.ns_steps,
-        adjust_lr_fn=config.adjust_lr_fn,
-        adamw_lr=config.adamw_lr,
-        adamw_betas=(config.betas[0], config.betas[1]),
-        adamw_eps=config.eps,
-        **kwargs,
-    )
+        coefficients = config.ns_coefficients
+        given["ns_coefficients"] = coefficients if isinstance(coefficients, str) else tuple(coefficients)
+    return {
+        "lr": config.lr,
+        "adamw_lr": config.adamw_lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "ns_steps": config.ns_steps,
+        "adjust_lr_fn": config.adjust_lr_fn,
+        "adamw_betas": (config.betas[0], config.betas[1]),
+        "adamw_eps": config.eps,
+        **given,
+    }
 
 
 def _adamw(model: nn.Module, config: OptimConfig) -> Optimizer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -159,3 +161,17 @@ def largest(value: int) -> int:
 
 def _number(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
+
+
+def leave(code: int) -> int:
+    """The last thing that a process does: with several processes it ends here, else the code is handed back.
+
+    All is written and the group is left, but its threads live on and may just be letting go of a tensor. One that
+    wants the interpreter's lock for it aborts the process if the interpreter is ending, so it does not end.
+    """
+    if world_size() == 1:
+        return code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

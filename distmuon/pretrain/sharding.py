@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from distmuon.pretrain.errors import UserError
 from distmuon.pretrain.parallel import Layout
 from distmuon.pretrain.tensor_parallel import apply_tensor_parallel
-from distmuon.pretrain.weights import draws_on_first, share_out
+from distmuon.pretrain.weights import share_out
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def place(
     """Bring a model, the same on all ranks, into its layout.
 
     Args:
-        model: On any device; the parameters become DTensors where they are sharded, and keep their names. With
-            `weights.draws_on_first` it is on the meta device.
+        model: On any device; the parameters become DTensors where they are sharded, and keep their names. One that
+            `weights.draws_on_first` allows may be on the meta device, on all ranks.
         config: Its configuration.
         layout: The arrangement of processes.
         mesh: From `build_mesh`.
@@ -85,6 +85,7 @@ def place(
     Raises:
         UserError: If the model has no blocks that can be sharded, or no plan for tensor parallelism.
     """
+    without_weights = any(parameter.is_meta for parameter in model.parameters())
     if mesh is None or layout.replicates:
         model.to(device)
         if compile:
@@ -99,7 +100,7 @@ def place(
             block.compile()
     if layout.fully_shards:
         _fully_shard(model, config, mesh, dtype)
-    if draws_on_first(layout, config):
+    if without_weights:
         share_out(model, source, device)
     model.to(device)
     return Placed(model, model)

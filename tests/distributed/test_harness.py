@@ -176,7 +176,12 @@ def test_a_result_that_cannot_be_pickled_is_an_error():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_an_interrupted_test_run(tmp_path, number):
-    script = "import harness, pathlib, sys, test_harness as t; harness.run_ranks(t.hang, 2, pathlib.Path(sys.argv[1]))"
+    # a job in the background of a shell ignores Ctrl-C, and its children inherit that
+    script = (
+        "import harness, pathlib, signal, sys, test_harness as t; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "harness.run_ranks(t.hang, 2, pathlib.Path(sys.argv[1]))"
+    )
     here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": here}
     runner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
