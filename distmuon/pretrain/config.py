@@ -36,6 +36,8 @@ class OptimConfig:
         nesterov: Whether Muon's momentum is Nesterov's.
         ns_steps: Number of Newton-Schulz iterations.
         ns_coefficients: Three numbers a, b, c of the iteration, or the name of a set; null: the default.
+        ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
+            rounding of summed gradients is not amplified by bfloat16.
         adjust_lr_fn: How Muon's step is scaled to a matrix's shape: match_rms_adamw lets Muon use
             AdamW's learning rates; original is Jordan's.
         betas: Averaging coefficients of AdamW.
@@ -55,6 +57,7 @@ class OptimConfig:
     nesterov: bool = True
     ns_steps: int = 5
     ns_coefficients: str | list[float] | None = None
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8

@@ -30,6 +30,11 @@ EXACT = {"rtol": 2e-6, "atol": 0.0}
 # Newton-Schulz begins with a rounding to bfloat16, which the last bit of a float32 gradient can tip over
 MUON = {"rtol": 5e-5, "atol": 0.0}
 BFLOAT16 = {"rtol": 2e-3, "atol": 0.0}
+OPTIMIZERS = [
+    pytest.param(["--optim.name=adamw"], EXACT, id="adamw"),
+    pytest.param(["--optim.name=muon"], MUON, id="muon"),
+    pytest.param(["--optim.name=muon", "--optim.ns_dtype=float32"], EXACT, id="muon-float32"),
+]
 
 LAYOUTS_OF_2 = [{"dp_shard": 2}, {"dp_replicate": 2}, {"tp": 2}]
 LAYOUTS_OF_4 = [{"dp_replicate": 2, "dp_shard": 2}, {"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "tp": 2}]
@@ -62,22 +67,22 @@ def compare(
     assert [record["tokens"] for record in runs[0].records] == [record["tokens"] for record in one.records]
 
 
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", EXACT), ("muon", MUON)], ids=["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "tolerance"), OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_2, ids=name_of)
 def test_two_ranks_train_as_one(
-    tiny: Tiny, two: Pool, layout: dict[str, int], optimizer: str, tolerance: dict[str, float]
+    tiny: Tiny, two: Pool, layout: dict[str, int], optimizer: list[str], tolerance: dict[str, float]
 ) -> None:
-    compare(two, tiny(**QWEN3), layout, [f"--optim.name={optimizer}"], tolerance)
+    compare(two, tiny(**QWEN3), layout, optimizer, tolerance)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", EXACT), ("muon", MUON)], ids=["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "tolerance"), OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_4, ids=name_of)
 def test_four_ranks_train_as_one(
-    tiny: Tiny, four: Pool, layout: dict[str, int], optimizer: str, tolerance: dict[str, float]
+    tiny: Tiny, four: Pool, layout: dict[str, int], optimizer: list[str], tolerance: dict[str, float]
 ) -> None:
     # one sequence a pass: two passes a step, the gradients of which are summed before the last one communicates
-    compare(four, tiny(**{**QWEN3, "train__device_batch": 1}), layout, [f"--optim.name={optimizer}"], tolerance)
+    compare(four, tiny(**{**QWEN3, "train__device_batch": 1}), layout, optimizer, tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_2, ids=name_of)
