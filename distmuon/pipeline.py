@@ -163,13 +163,8 @@ class Pipeline:
     ) -> None:
         routes, bucket = flight.routes, flight.bucket
         places: dict[int, Tensor] = {}
-        start = 0
         for part in routes.kept:
-            if whole:
-                places[part.slot] = self._view(flight, part)
-            else:
-                places[part.slot] = flight.kept[start : start + part.box.numel].view(part.box.sizes)
-            start += part.box.numel
+            places[part.slot] = self._view(flight, part) if whole else _packed(flight.kept, part)
         elsewhere = self.plan.sole_owners if self.owner_gradients else {}
         held = [
             part
@@ -204,11 +199,8 @@ class Pipeline:
                 flight.matrices = stack.view(routes.matrices, bucket.rows, bucket.cols)
                 for part in routes.gather.receives:
                     self._view(flight, part).copy_(_packed(gather.receive, part))
-                start = 0
                 for part in routes.kept:
-                    kept = flight.kept[start : start + part.box.numel].view(part.box.sizes)
-                    self._view(flight, part).copy_(kept)
-                    start += part.box.numel
+                    self._view(flight, part).copy_(_packed(flight.kept, part))
             self.pool.give(flight.kept)
         self.pool.give(gather.receive)
 

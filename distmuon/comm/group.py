@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 ProcessGroup: TypeAlias = dist.ProcessGroup
 Mesh: TypeAlias = "DeviceMesh | ProcessGroup"
 
-# torch gives a group of some ranks that was made twice one name, so each is made once in a process
-_MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# torch gives a group of some ranks that was made twice one name, so each is made once; they die with their world
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def distributed() -> bool:
@@ -64,15 +67,26 @@ def group_of(ranks: tuple[int, ...], meshes: Iterable[Mesh]) -> dist.ProcessGrou
     for mesh in meshes:
         if mesh_ranks(mesh) != ranks:
             continue
-        if isinstance(mesh, dist.ProcessGroup) or mesh.ndim == 1:
-            return as_group(mesh)
-    if ranks == tuple(range(dist.get_world_size())):
-        world = dist.group.WORLD
-        assert world is not None, "callers have asked distributed() before"
+        if isinstance(mesh, dist.ProcessGroup):
+            return mesh
+        for axis in range(mesh.ndim):
+            if mesh.size(axis) == len(ranks):  # the other axes have one rank each
+                return mesh.get_group(axis)
+    world = default_group()
+    if len(ranks) == dist.get_world_size():
         return world
-    if ranks not in _MADE or _is_gone(_MADE[ranks]):
-        _MADE[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _MADE[ranks]
+    made = _MADE.setdefault(world, {})
+    if ranks not in made:
+        # only these ranks are here to make it: others may belong to another stage of a pipeline
+        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return made[ranks]
+
+
+def default_group() -> dist.ProcessGroup:
+    """The group of all ranks of the job."""
+    world = dist.group.WORLD
+    assert world is not None, "callers have asked distributed() before"
+    return world
 
 
 def compute_device(meshes: Iterable[Mesh], stored: torch.device | None) -> torch.device:
@@ -138,12 +152,3 @@ def _talks(group: dist.ProcessGroup, device: torch.device) -> torch.device:
     """The host where the group reaches it, since a number read back from an accelerator waits for it."""
     has_cpu = "cpu" in dist.get_backend_config(group)
     return torch.device("cpu") if has_cpu else device
-
-
-def _is_gone(group: dist.ProcessGroup) -> bool:
-    """Whether the group was destroyed with the job's process group."""
-    try:
-        dist.get_process_group_ranks(group)
-    except (KeyError, ValueError, RuntimeError):
-        return True
-    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distmuon.comm.group import default_group, distributed, group_of, mesh_ranks
+from distmuon.comm.layout import as_dtensor
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Owners: TypeAlias = "Mapping[Tensor, int]"
-
-# Groups over the ranks of meshes of several axes, which no group of a mesh covers; they die with their world.
-_GROUPS: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,19 @@ def plan_reduction(parameters: Sequence[Tensor], owners: Owners | None = None) -
         owners: See :func:`distmuon.clip_grad_norm_`.
 
     Returns:
-        None where every rank has all it needs. Otherwise the default group, where ``owners`` names a plain parameter
-        or the meshes together have all its ranks, or the group of the ranks of the mesh that contains the others.
+        None where every rank has all it needs. Otherwise a group of the ranks of the mesh that contains the others;
+        the default group where meshes cross, or ``owners`` names a plain parameter.
 
     Raises:
         ValueError: for an owner that is no rank of the default group.
         RuntimeError: on a rank that is in none of the meshes while they leave out others too.
     """
-    together = dist.is_available() and dist.is_initialized()
+    together = distributed()
     _check_owners(owners, dist.get_world_size() if together else 1)
     if not together:
         return None
-    meshes = list(dict.fromkeys(tensor.device_mesh for tensor in map(_as_dtensor, parameters) if tensor is not None))
-    owned = [p for p in parameters if owners is not None and p in owners and _as_dtensor(p) is None]
+    meshes = list(dict.fromkeys(tensor.device_mesh for tensor in map(as_dtensor, parameters) if tensor is not None))
+    owned = [p for p in parameters if owners is not None and p in owners and as_dtensor(p) is None]
     if meshes:
         # A mesh's own device type, since offloaded shards lie on a CPU that the group may not serve.
         device = torch.device(meshes[0].device_type)
@@ -66,7 +65,7 @@ def plan_reduction(parameters: Sequence[Tensor], owners: Owners | None = None) -
     else:
         return None
     elsewhere = frozenset(mesh for mesh in meshes if any(_repeats(mesh, other) for other in meshes))
-    return Reduction(_world() if owned else _group_of(meshes), device, elsewhere)
+    return Reduction(default_group() if owned else _group_of(meshes), device, elsewhere)
 
 
 def total_norm(
@@ -105,7 +104,7 @@ def total_norm(
     for param in parameters:
         if param.grad is None:
             continue
-        grad = _as_dtensor(param.grad)
+        grad = as_dtensor(param.grad)
         if grad is not None:
             counted.extend(_counted_part(grad, reduction.counted_elsewhere))
         elif owners is None or param not in owners:
@@ -133,7 +132,7 @@ def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     local = []
     for param in parameters:
         if param.grad is not None:
-            grad = _as_dtensor(param.grad)
+            grad = as_dtensor(param.grad)
             local.append(param.grad if grad is None else grad.to_local())
     return [tensor for tensor in local if tensor.numel()]
 
@@ -147,25 +146,6 @@ def _check_owners(owners: Owners | None, world_size: int) -> None:
             )
 
 
-def _as_dtensor(tensor: Tensor) -> DTensor | None:
-    if type(tensor) in (Tensor, nn.Parameter):
-        return None
-    from torch.distributed.tensor import DTensor  # slow to import, and most programs hold none
-
-    return tensor if isinstance(tensor, DTensor) else None
-
-
-def _world() -> ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "the caller has checked that the default group is initialised"
-    return world
-
-
-def _members(mesh: DeviceMesh) -> list[int]:
-    ranks: list[int] = mesh.mesh.flatten().tolist()
-    return sorted(ranks)
-
-
 def _repeats(mesh: DeviceMesh, other: DeviceMesh) -> bool:
     """Whether ``other`` has axes that replicate parameters on ``mesh``, and this rank is not the first on all of them.
 
@@ -175,7 +155,7 @@ def _repeats(mesh: DeviceMesh, other: DeviceMesh) -> bool:
     names, others, coordinate = mesh.mesh_dim_names, other.mesh_dim_names, other.get_coordinate()
     if names is None or others is None or coordinate is None:
         return False
-    ranks, other_ranks = set(_members(mesh)), set(_members(other))
+    ranks, other_ranks = set(mesh_ranks(mesh)), set(mesh_ranks(other))
     is_slice = ranks < other_ranks and set(names) < set(others)
     crosses = not ranks <= other_ranks and not other_ranks <= ranks
     lacking = [at for at, name in zip(coordinate, others, strict=True) if name not in names]
@@ -184,11 +164,8 @@ def _repeats(mesh: DeviceMesh, other: DeviceMesh) -> bool:
 
 def _group_of(meshes: list[DeviceMesh]) -> ProcessGroup:
     """The group of all ranks that any of the meshes has."""
-    world = _world()
-    members = [tuple(_members(mesh)) for mesh in meshes]
+    members = [mesh_ranks(mesh) for mesh in meshes]
     union = tuple(sorted(set().union(*members)))
-    if len(union) == dist.get_world_size():
-        return world
     if dist.get_rank() not in union:
         raise RuntimeError(
             f"rank {dist.get_rank()} clips DTensors of the ranks {list(union)} only, whose norm it cannot learn: pass "
@@ -196,17 +173,8 @@ def _group_of(meshes: list[DeviceMesh]) -> ProcessGroup:
         )
     if union not in members:
         # Meshes that cross: their ranks see different unions, and the default group is what they surely share.
-        return world
-    mesh = meshes[members.index(union)]
-    for axis in range(mesh.ndim):
-        if mesh.size(axis) == len(union):
-            return mesh.get_group(axis)
-    groups = _GROUPS.setdefault(world, {})
-    if union not in groups:
-        # Only these ranks are here to make it: others may belong to another stage of a pipeline.
-        group = dist.new_group(list(union), use_local_synchronization=True)
-        groups[union] = group
-    return groups[union]
+        return default_group()
+    return group_of(union, meshes)
 
 
 def _counted_part(grad: DTensor, counted_elsewhere: frozenset[DeviceMesh]) -> list[Tensor]:

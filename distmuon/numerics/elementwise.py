@@ -16,29 +16,21 @@ from torch import Tensor
 Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
 
-def lerp_(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> None:
-    """``t <- t + weight * (end - t)`` in place; dtypes of the two lists agree."""
-    if foreach and tensors:
+def lerp_(tensors: Tensors, ends: Tensors, weight: float) -> None:
+    """``t <- t + weight * (end - t)`` in place, in foreach kernels; dtypes of the two lists agree."""
+    if tensors:
         torch._foreach_lerp_(tensors, ends, weight)
-        return
-    for tensor, end in zip(tensors, ends, strict=True):
-        tensor.lerp_(end, weight)
 
 
-def lerp(tensors: Tensors, ends: Tensors, weight: float, *, foreach: bool) -> Tensors:
-    """``t + weight * (end - t)`` as new tensors; dtypes of the two lists agree."""
-    if foreach and tensors:
-        return torch._foreach_lerp(tensors, ends, weight)
-    return [tensor.lerp(end, weight) for tensor, end in zip(tensors, ends, strict=True)]
+def lerp(tensors: Tensors, ends: Tensors, weight: float) -> Tensors:
+    """``t + weight * (end - t)`` as new tensors, in foreach kernels; dtypes of the two lists agree."""
+    return torch._foreach_lerp(tensors, ends, weight) if tensors else []
 
 
-def copy_(targets: Tensors, sources: Tensors, *, foreach: bool) -> None:
-    """Copy each source into its target, cast to the target's dtype."""
-    if foreach and targets:
+def copy_(targets: Tensors, sources: Tensors) -> None:
+    """Copy each source into its target, cast to the target's dtype, in foreach kernels."""
+    if targets:
         torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
 
 
 def decay_and_add_(tensors: Tensors, factor: float, others: Tensors, alpha: float, *, foreach: bool) -> None:

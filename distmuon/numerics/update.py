@@ -90,11 +90,11 @@ def blend_momentum(
                 target.copy_(cast.lerp(buffer, momentum) if nesterov else buffer)
         return
     grads = [grad.to(buffer.dtype) for grad, buffer in zip(grads, buffers, strict=True)]
-    lerp_(buffers, grads, 1 - momentum, foreach=True)
+    lerp_(buffers, grads, 1 - momentum)
     wanted = [number for number, target in enumerate(out) if target is not None]
     targets = [target for target in out if target is not None]
     grads, buffers = [grads[number] for number in wanted], [buffers[number] for number in wanted]
-    copy_(targets, lerp(grads, buffers, momentum, foreach=True) if nesterov else buffers, foreach=True)
+    copy_(targets, lerp(grads, buffers, momentum) if nesterov else buffers)
 
 
 def apply_direction(

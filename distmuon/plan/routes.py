@@ -65,7 +65,8 @@ class Routes:
         matrices: Number of matrices in the owned stack.
         held: Every part that this rank stores: its momentum is blended here. ``start`` says where in the
             gather's send buffer the result goes, None: it is not sent.
-        kept: Parts that this rank both stores and hands to itself as the owner.
+        kept: Parts that this rank both stores and hands to itself as the owner, one after another in a
+            buffer of their own.
         gather: Shards to owners.
         updated: Parts that this rank both owns and stores.
         scatter: Updates from owners to everybody who stores them.
@@ -138,7 +139,7 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
         scatter = _all_gather_leg(plan, bucket, slots, rank)
     else:
         scatter = _leg(scatter_out, scatter_in)
-    return Routes(first, matrices, placed, tuple(kept), gather, tuple(updated), scatter)
+    return Routes(first, matrices, placed, _place([kept])[0], gather, tuple(updated), scatter)
 
 
 def _stored(spec: ParameterSpec, assignment: Assignment, rank: int) -> Box | None:
