@@ -26,30 +26,33 @@ from distmuon.comm.group import (
 )
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
 from distmuon.groups import Group, group_names
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.recipe import choose
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.boxes import Box
-from distmuon.plan.cost import orthogonalization_cost
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan, build_plan
 from distmuon.stats import StepClock
 
 Key: TypeAlias = "tuple[str, tuple[int, ...]]"
+# Settings that decide what is exchanged and computed, so that ranks must agree on them
+_COMPARED = ("bucket_bytes", "ns_dtype", "ns_engine", "wire_dtype", "foreach", "compile", "replicas")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What one rank says of one parameter. All but ``layout.replica`` and ``layout.box`` must agree.
+    """What one rank says of one parameter. All but ``cost``, ``layout.replica`` and ``layout.box`` must agree.
 
     Attributes:
         name: The parameter's name.
         group: Index of its group.
         use_muon: Whether it is on Muon.
         flatten: Whether its axes after the first are joined.
-        steps: Newton-Schulz iterations.
-        iteration: What else matrices of one bucket have in common.
-        settings: What else decides its update, for comparison.
+        iteration: What matrices of one bucket have in common beside shape and dtype.
+        settings: What decides its update, for comparison.
+        cost: Nanoseconds that one of its matrices takes on this rank; the lowest rank's word counts.
         layout: Where it lies.
     """
 
@@ -57,9 +60,9 @@ class Fact:
     group: int
     use_muon: bool
     flatten: bool
-    steps: int
     iteration: str
     settings: str
+    cost: int
     layout: LocalLayout
 
     @property
@@ -141,7 +144,7 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     entries: list[Entry] = []
     error: Exception | None = None
     try:
-        entries = list(_entries(groups, mesh))
+        entries = list(_entries(groups, options, mesh))
     except Exception as raised:  # whatever it is, the other ranks wait to hear of it
         error = raised
     meshes = [*_meshes(groups), *([] if mesh is None else [mesh])]
@@ -155,7 +158,8 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     if alone:
         facts = {own_rank(): [entry.fact for entry in alone]}
         device = alone[0].param.device
-        parts.append(_part(alone, facts, (own_rank(),), LocalExchange(), device, None, options, clock))
+        table = options.table(device)
+        parts.append(_part(alone, facts, (own_rank(),), LocalExchange(), device, None, options, table, clock))
     return Binding(parts, [(group["use_muon"], list(group["params"]), group["flatten"]) for group in groups])
 
 
@@ -171,14 +175,16 @@ def _shared(
     group = group_of(ranks, meshes)
     raise_on_all(group, error)
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
-    settings = repr((options.bucket_bytes, options.ns_dtype, options.wire_dtype, options.foreach, options.replicas))
-    told = from_every_rank((settings, [entry.fact for entry in mine]), group)
+    settings = repr(tuple(getattr(options, key) for key in _COMPARED))
     device = compute_device(meshes, mine[0].param.device if mine else None)
+    told = from_every_rank((settings, options.table(device), [entry.fact for entry in mine]), group)
     part: Part | None = None
     try:
-        _compare_settings(ranks, [theirs for theirs, _ in told])
-        facts = {rank: said for rank, (_, said) in zip(ranks, told, strict=True)}
-        part = _part(mine, facts, ranks, GroupExchange(group), device, group, options, clock)
+        _compare_settings(ranks, [theirs for theirs, _, _ in told])
+        facts = {rank: said for rank, (_, _, said) in zip(ranks, told, strict=True)}
+        # one rank's table for all: engines chosen by their own could differ between unlike machines
+        _, table, _ = told[0]
+        part = _part(mine, facts, ranks, GroupExchange(group), device, group, options, table, clock)
     except ValueError as raised:
         error = raised
     raise_on_all(group, error)
@@ -196,6 +202,7 @@ def _part(
     device: torch.device,
     group: ProcessGroup | None,
     options: Options,
+    table: CostTable,
     clock: StepClock,
 ) -> Part:
     merged = _merge(facts)
@@ -217,6 +224,7 @@ def _part(
             exchange=exchange,
             device=device,
             options=options,
+            table=table,
             all_gather=group is not None and prefers_all_gather(group, device),
             clock=clock,
         ),
@@ -233,18 +241,36 @@ def _part(
     )
 
 
-def _entries(groups: Sequence[Group], mesh: Mesh | None) -> Iterator[Entry]:
+def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
-        use_muon, settings = group["use_muon"], "adamw"
-        steps, iteration = 0, ""
+        use_muon, settings, iteration = group["use_muon"], "adamw", ""
         if use_muon:
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
-            keys = ("momentum", "nesterov", "ns_coefficients", "eps", "adjust_lr_fn")
+            keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "flatten")
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
-            steps = group["ns_steps"]
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            yield Entry(param, Fact(name, index, use_muon, group["flatten"], steps, iteration, settings, layout))
+            cost = _nanoseconds(name, layout, group, options) if use_muon else 0
+            yield Entry(param, Fact(name, index, use_muon, group["flatten"], iteration, settings, cost, layout))
+
+
+def _nanoseconds(name: str, layout: LocalLayout, group: Group, options: Options) -> int:
+    """Predicted time of one matrix of a parameter, a whole number so that sums do not depend on their order."""
+    spec = matrix_spec(name, layout.shape, flatten=group["flatten"])
+    device = torch.device(layout.device)
+    table = options.table(device)
+    recipe = choose(
+        spec.rows,
+        spec.cols,
+        device=device,
+        dtype=options.ns_dtype,
+        engine=options.engine,
+        coefficients=group["ns_coefficients"],
+        steps=group["ns_steps"],
+        compile=options.compile,
+        table=table,
+    )
+    return max(1, round(1e9 * recipe.seconds(spec.rows, spec.cols, table)))
 
 
 def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
@@ -291,7 +317,7 @@ def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
         ("dtype", first.layout.dtype, fact.layout.dtype),
         ("device type", first.layout.device, fact.layout.device),
         ("group", first.group, fact.group),
-        ("settings", _settings(first), _settings(fact)),
+        ("settings", first.settings, fact.settings),
     ):
         if a != b:
             raise ValueError(
@@ -300,15 +326,11 @@ def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
             )
 
 
-def _settings(fact: Fact) -> str:
-    return f"{fact.settings}, flatten={fact.flatten}, ns_steps={fact.steps}"
-
-
 def _compare_settings(ranks: Sequence[int], settings: Sequence[str]) -> None:
     for rank, theirs in zip(ranks, settings, strict=True):
         if theirs != settings[0]:
             raise ValueError(
-                "(bucket_bytes, ns_dtype, wire_dtype, foreach, replicas) are "
+                f"({', '.join(_COMPARED)}) are "
                 f"{settings[0]} on rank {ranks[0]} and {theirs} on rank {rank}: pass the same on every rank."
             )
 
@@ -343,7 +365,7 @@ def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterato
             holdings=tuple(members),
             group=fact.group,
             kind=f"{layout.device} {layout.dtype} {fact.iteration}",
-            cost=orthogonalization_cost(matrices.rows, matrices.cols, fact.steps),
+            cost=fact.cost,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -24,7 +25,8 @@ from distmuon.groups import (
     expand_group,
     fill_defaults,
 )
-from distmuon.numerics.coefficients import Coefficients
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
 from distmuon.pipeline import LocalParameter
@@ -59,10 +61,12 @@ class Muon(Optimizer):
         weight_decay: Decoupled weight decay.
         momentum: Weight of the past in the momentum average, in [0, 1).
         nesterov: Nesterov momentum.
-        ns_coefficients: Newton-Schulz polynomial: ``(a, b, c)``, a name such as ``"polar_express"``, or
-            one tuple a step (:mod:`distmuon.numerics.coefficients`).
+        ns_coefficients: ``"auto"`` takes those of the fastest engine, all nearer to ``U V^T`` than the five
+            quintic steps of :class:`torch.optim.Muon`; or ``(a, b, c)``, ``"quintic"`` or another name, or one
+            tuple a step (docs/orthogonalization.md).
         eps: Smallest Frobenius norm that a matrix is divided by.
-        ns_steps: Number of Newton-Schulz iterations.
+        ns_steps: Number of Newton-Schulz iterations; None: as many as the coefficients have, five of a single
+            one. With ``ns_coefficients="auto"`` a number asks for so many steps of the quintic.
         adjust_lr_fn: Scale of the learning rate by shape, ``"original"`` (None), ``"match_rms_adamw"``,
             ``"spectral"`` or ``"none"`` (:func:`distmuon.numerics.update.lr_scale`).
         adamw_lr: Learning rate of everything else. None takes ``lr``, which is right only with
@@ -73,11 +77,14 @@ class Muon(Optimizer):
         muon_names: Globs of parameter names that go to Muon whatever the rules say.
         adamw_names: Globs of parameter names that go to AdamW whatever the rules say.
         momentum_dtype: Dtype of the momentum average; None keeps that of the parameter.
-        ns_dtype: Dtype that matrices are rounded to before Newton-Schulz and that it returns. A device
-            without such products iterates in float32.
+        ns_dtype: Dtype that matrices are rounded to before they are orthogonalized, and that the result has.
+            What lies between is in float32 where that is as fast.
+        ns_engine: ``"auto"`` takes what is fastest for a shape on this device; ``"standard"``, ``"composed"``,
+            ``"gram"`` or ``"rational"``: see :func:`distmuon.orthogonalize`.
+        cost_table: How fast the engines are, a file that ``distmuon calibrate`` wrote; None: the built-in table of
+            this kind of device. The lowest rank's table counts for all ranks.
         foreach: False updates one tensor at a time, with the operations of :class:`torch.optim.Muon` and
-            :class:`torch.optim.AdamW` in their order: the same bits, at their speed. None and True batch
-            matrices of one shape.
+            :class:`torch.optim.AdamW` in their order: the same bits, at their speed.
         fused: Use torch's fused AdamW kernels.
         compile: Run Newton-Schulz through :func:`torch.compile`.
         bucket_bytes: Bound of the matrices, in ``wire_dtype``, that one rank orthogonalizes together.
@@ -107,9 +114,9 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
+        ns_coefficients: Coefficients = "auto",
         eps: float = 1e-7,
-        ns_steps: int = 5,
+        ns_steps: int | None = None,
         adjust_lr_fn: str | None = None,
         *,
         adamw_lr: float | Tensor | None = None,
@@ -120,6 +127,8 @@ class Muon(Optimizer):
         adamw_names: Sequence[str] = (),
         momentum_dtype: torch.dtype | None = None,
         ns_dtype: torch.dtype = torch.bfloat16,
+        ns_engine: str = "auto",
+        cost_table: CostTable | str | os.PathLike[str] | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         compile: bool = False,
@@ -139,6 +148,8 @@ class Muon(Optimizer):
             adamw_eps=adamw_eps,
             momentum_dtype=momentum_dtype,
             ns_dtype=ns_dtype,
+            ns_engine=ns_engine,
+            cost_table=CostTable.load(cost_table) if isinstance(cost_table, str | os.PathLike) else cost_table,
             foreach=foreach,
             fused=fused,
             compile=compile,
@@ -191,7 +202,7 @@ class Muon(Optimizer):
         check_disjoint([*self.param_groups, *expanded])
         for group in expanded:
             fill_defaults(group, self.defaults, self._options, label)
-            check_group(group, label)
+            check_group(group, label, self._options.engine)
             super().add_param_group(group)
         self._routes.update(routes)
 

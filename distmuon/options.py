@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.hardware import device_class
+from distmuon.numerics.recipe import ENGINES
+from distmuon.numerics.tables import builtin_table
+
 
 @dataclass(frozen=True)
 class Options:
@@ -22,6 +27,8 @@ class Options:
     adamw_eps: float
     momentum_dtype: torch.dtype | None
     ns_dtype: torch.dtype
+    ns_engine: str
+    cost_table: CostTable | None
     foreach: bool | None
     fused: bool | None
     compile: bool
@@ -36,16 +43,33 @@ class Options:
             dtype = getattr(self, key)
             if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
                 raise TypeError(f"{key}={dtype}: take torch.bfloat16, torch.float16, torch.float32 or torch.float64.")
+        if self.ns_engine not in ENGINES:
+            raise ValueError(f"ns_engine={self.ns_engine!r} is unknown; known: {', '.join(ENGINES)}.")
+        if not self.batched and self.ns_engine not in ("auto", "standard"):
+            raise ValueError(
+                "foreach=False takes the operations of torch.optim.Muon in their order, and "
+                f"ns_engine={self.ns_engine!r} others: drop one of them."
+            )
         if self.replicas not in ("share", "repeat"):
             raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
         if self.bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
-        if self.compile and not self.batched:
-            raise ValueError("compile=True and foreach=False exclude each other: batches are what is compiled.")
+        if self.compile and (not self.batched or self.ns_engine in ("standard", "rational")):
+            engine = "foreach=False" if not self.batched else f"ns_engine={self.ns_engine!r}"
+            raise ValueError(f"compile=True and {engine} exclude each other: batches of products are what is compiled.")
         if self.fused and self.foreach is not None:
             raise ValueError(f"fused=True and foreach={self.foreach} exclude each other: leave foreach out.")
 
     @property
     def batched(self) -> bool:
-        """Whether matrices of one shape are multiplied together."""
+        """Whether tensors are taken together, rather than one by one as in torch.optim.Muon."""
         return self.foreach is not False
+
+    @property
+    def engine(self) -> str:
+        """What matrices are orthogonalized by: see :func:`distmuon.numerics.orthogonalize.orthogonalize`."""
+        return self.ns_engine if self.batched else "standard"
+
+    def table(self, device: torch.device) -> CostTable:
+        """The cost table that the user named, or the built-in one of the device."""
+        return self.cost_table or builtin_table(device_class(device))

@@ -11,7 +11,9 @@ from torch import Tensor
 from distmuon.comm.buffers import BufferPool
 from distmuon.comm.exchange import Exchange, Transfer
 from distmuon.groups import Group
+from distmuon.numerics.costs import CostTable
 from distmuon.numerics.orthogonalize import orthogonalize_
+from distmuon.numerics.recipe import choose
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
 from distmuon.plan.boxes import Box
@@ -61,6 +63,7 @@ class Pipeline:
         exchange: Moves packed buffers.
         device: Where matrices are gathered and multiplied.
         options: The settings of the optimizer.
+        table: Speed of the engines, the same on all ranks.
         all_gather: Whether updates of replicated buckets come back by all-gather.
         clock: Times the phases.
         pool: Lends the buffers.
@@ -74,6 +77,7 @@ class Pipeline:
     exchange: Exchange
     device: torch.device
     options: Options
+    table: CostTable
     all_gather: bool
     clock: StepClock
     pool: BufferPool = field(default_factory=BufferPool)
@@ -211,15 +215,20 @@ class Pipeline:
         # matrices of one bucket share their iteration, whatever groups they are in
         slot = next(iter(flight.routes.place))
         group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
+        recipe = choose(
+            flight.bucket.rows,
+            flight.bucket.cols,
+            device=self.device,
+            dtype=self.options.ns_dtype,
+            engine=self.options.engine,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            compile=self.options.compile,
+            table=self.table,
+        )
         with self.clock.phase("ns", self.device):
             orthogonalize_(
-                flight.matrices,
-                coefficients=group["ns_coefficients"],
-                steps=group["ns_steps"],
-                eps=group["eps"],
-                dtype=self.options.ns_dtype,
-                batched=self.options.batched,
-                compile=self.options.compile,
+                flight.matrices, recipe, eps=group["eps"], dtype=self.options.ns_dtype, compile=self.options.compile
             )
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:

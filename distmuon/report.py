@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from distmuon.groups import Group, group_names
-from distmuon.numerics.hardware import compute_dtype
+from distmuon.numerics.recipe import choose
 from distmuon.numerics.update import lr_scale
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
@@ -96,9 +97,7 @@ def build_report(
                 matrices, lr = str(spec), lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols)
             algorithm = "muon" if group["use_muon"] else "adamw"
             rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
-    devices = {param.device for group in groups if group["use_muon"] for param in group["params"]}
-    notes = [_precision_note(device, options) for device in sorted(devices, key=str)]
-    notes += [_plan_note(pipeline) for pipeline in pipelines]
+    notes = [*_engine_notes(groups, options, pipelines), *(_plan_note(pipeline) for pipeline in pipelines)]
     return RoutingReport(tuple(rows), tuple(notes))
 
 
@@ -113,11 +112,31 @@ def nothing_on_muon(report: RoutingReport) -> str:
     )
 
 
-def _precision_note(device: torch.device, options: Options) -> str:
-    asked = options.ns_dtype
-    held = compute_dtype(asked, device) if options.batched else asked
-    note = "" if held is asked else f", iterates in {held}: this device multiplies {asked} in software"
-    return f"Newton-Schulz on {device}: {asked}{note}."
+def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence[Pipeline]) -> list[str]:
+    """Which engine orthogonalizes how many matrices, in which precision."""
+    # the lowest rank's table counts, and is known once there is a plan
+    tables = {pipeline.device.type: pipeline.table for pipeline in pipelines}
+    counts: Counter[tuple[str, str, torch.dtype]] = Counter()
+    for index, group in enumerate(groups):
+        if group["use_muon"]:
+            for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
+                spec = matrix_spec(name, param.shape, flatten=group["flatten"])
+                recipe = choose(
+                    spec.rows,
+                    spec.cols,
+                    device=param.device,
+                    dtype=options.ns_dtype,
+                    engine=options.engine,
+                    coefficients=group["ns_coefficients"],
+                    steps=group["ns_steps"],
+                    compile=options.compile,
+                    table=tables.get(param.device.type, options.table(param.device)),
+                )
+                counts[param.device.type, recipe.engine, recipe.dtype] += spec.count
+    return [
+        f"{count} matrices on {device}, rounded to {options.ns_dtype}: engine {engine}, in {held}."
+        for (device, engine, held), count in counts.items()
+    ]
 
 
 def _plan_note(pipeline: Pipeline) -> str:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distmuon.numerics.coefficients import TABLES, resolve_stages
+from distmuon.numerics.coefficients import TABLES, default_restarts, resolve_stages, with_safety
 
 
 def evaluate(stages, sigma):
@@ -29,6 +29,8 @@ RANGES = {
     "cubic": (0.118, 1.302, 119.3),
     "nested14": (0.725, 1.113, 800),
     "nested13": (0.473, 1.166, 490),
+    "gram28": (0.729, 1.138, 801),
+    "gram27": (0.473, 1.165, 490),
 }
 
 
@@ -48,6 +50,20 @@ def test_polar_express_with_five_steps_is_the_published_one():
     image = evaluate(resolve_stages("polar_express", 5), torch.logspace(-3, 0, 20001, dtype=torch.float64))
     assert image.min() >= 0.843
     assert image.max() <= 1.126
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_safety_divides_the_argument(name):
+    stages, sigma = resolve_stages(name), torch.logspace(-3, 0, 101, dtype=torch.float64)
+    for stage in stages:
+        torch.testing.assert_close(evaluate(with_safety([stage], 1.05), sigma), evaluate([stage], sigma / 1.05))
+
+
+def test_restarts():
+    assert default_restarts(5, torch.bfloat16) == (0, 1, 3)
+    assert default_restarts(5, torch.float16) == (0, 2)
+    assert default_restarts(2, torch.float16) == (0,)
+    assert default_restarts(5, torch.float32) == (0,)
 
 
 def test_every_table_names_its_source():

@@ -133,13 +133,47 @@ def test_tensor_lr_is_the_number():
     torch.testing.assert_close(weights(model), weights(other), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("keywords", [{"foreach": False}, {"foreach": True}, {"compile": True}, {"bucket_bytes": 1}])
+WAYS = [{"foreach": False}, {"foreach": True}, {"compile": True}, {"bucket_bytes": 1}, {"ns_engine": "standard"}]
+WAYS += [{"ns_engine": "composed"}, {"ns_engine": "gram"}]
+
+
+@pytest.mark.parametrize("keywords", WAYS, ids=str)
 def test_ways_to_compute_agree(keywords):
-    model, optimizer = make(ns_dtype=torch.float32)
-    other, expected = make(ns_dtype=torch.float32, **keywords)
+    model, optimizer = make(ns_dtype=torch.float32, ns_coefficients="quintic")
+    other, expected = make(ns_dtype=torch.float32, ns_coefficients="quintic", **keywords)
     train(model, optimizer)
     train(other, expected)
     torch.testing.assert_close(weights(model), weights(other), rtol=1e-3, atol=1e-4)
+
+
+def test_steps_alone_ask_for_the_quintic():
+    model, optimizer = make(ns_dtype=torch.float32, ns_steps=4)
+    other, expected = make(ns_dtype=torch.float32, ns_coefficients="quintic", ns_steps=4)
+    train(model, optimizer)
+    train(other, expected)
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_report_names_the_engines():
+    report = str(make()[1].report())
+    assert "engine rational, in torch.float32" in report or "engine composed, in torch.bfloat16" in report
+    assert "engine standard, in torch.bfloat16" in str(make(foreach=False)[1].report())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"ns_engine": "fast"}, "ns_engine='fast' is unknown; known: auto, standard"),
+        ({"ns_engine": "gram", "foreach": False}, "ns_engine='gram'"),
+        ({"ns_engine": "rational", "compile": True}, "compile=True and ns_engine='rational'"),
+        ({"ns_engine": "rational", "ns_steps": 5}, "ns_steps=5 has nothing to act on"),
+        ({"ns_coefficients": "rational2", "foreach": False}, "'standard' runs polynomials"),
+        ({"cost_table": "no/such.json"}, "cost_table='no/such.json' cannot be read"),
+    ],
+)
+def test_settings_of_the_engine_that_do_not_go_together(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make(**keywords)
 
 
 @pytest.mark.parametrize("ns_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

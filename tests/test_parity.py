@@ -66,11 +66,12 @@ def test_momentum_survives_where_torch_overwrites_its_own():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_batched_muon_is_near_torch(shape, nesterov, native_bf16):
+def test_composed_quintic_is_near_torch(shape, nesterov, native_bf16):
     theirs = parameters(SHAPES[shape], torch.float32)
     ours = copies(theirs)
     expected = torch.optim.Muon(theirs, lr=0.02, nesterov=nesterov)
-    actual = distmuon.Muon([{"params": ours, "use_muon": True}], lr=0.02, nesterov=nesterov)
+    group = {"params": ours, "use_muon": True, "ns_coefficients": "quintic"}
+    actual = distmuon.Muon([group], lr=0.02, nesterov=nesterov)
     start = [param.detach().clone() for param in theirs]
     run([expected, actual], [theirs, ours])
     for a, b, begin in zip(theirs, ours, start, strict=True):
@@ -95,7 +96,8 @@ def test_float64_follows_the_formulas(shape, foreach):
     ours = parameters(SHAPES[shape], torch.float64)
     weights = [param.detach().clone() for param in ours]
     buffers = [torch.zeros_like(weight) for weight in weights]
-    optimizer = distmuon.Muon([{"params": ours, "use_muon": True}], lr=0.02, ns_dtype=torch.float64, foreach=foreach)
+    group = {"params": ours, "use_muon": True, "ns_coefficients": "quintic"}
+    optimizer = distmuon.Muon([group], lr=0.02, ns_dtype=torch.float64, foreach=foreach)
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         for param, weight, buffer in zip(ours, weights, buffers, strict=True):

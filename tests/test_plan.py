@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from distmuon.plan.assign import assign
 from distmuon.plan.boxes import Box
-from distmuon.plan.cost import orthogonalization_cost
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import build_plan
@@ -40,7 +39,8 @@ def holdings(shape, ranks, *, axis, replicas):
 
 def spec(name, shape, held, **keywords):
     matrices = matrix_spec(name, shape, flatten=False)
-    cost = orthogonalization_cost(matrices.rows, matrices.cols, 5)
+    short, long = sorted((matrices.rows, matrices.cols))
+    cost = short * short * (2 * long + short)
     return ParameterSpec(matrices, tuple(shape), held, **{"cost": cost, **keywords})
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
+
 Stage: TypeAlias = tuple[float, ...]
 Coefficients: TypeAlias = "str | Stage | Sequence[Stage]"
 
@@ -33,22 +35,32 @@ class CoefficientTable:
         more_steps: What steps past the table do: ``"repeat_last"`` repeats the last stage, ``"error"``
             raises, since the stages were optimized together for exactly this length.
         prefix: Whether fewer steps than stages are allowed (each stage was optimized greedily).
+        restarts: Stages at which the Gram form makes its Gram matrix anew, where these were chosen with the
+            stages; None: see :func:`default_restarts`.
     """
 
     stages: tuple[Stage, ...]
     source: str
     more_steps: Literal["repeat_last", "error"]
     prefix: bool
+    restarts: tuple[int, ...] | None = None
 
 
 def with_safety(stages: Sequence[Stage], safety: float) -> tuple[Stage, ...]:
-    """Quintic stages evaluated at ``X / safety``, which keeps rounding from leaving the interval.
+    """Stages evaluated at ``X / safety``, which keeps rounding from leaving the interval.
 
     Args:
-        stages: ``(a, b, c)`` tuples.
+        stages: Tuples of 2, 3 or 5 numbers.
         safety: A factor slightly over 1.
     """
-    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in stages)
+    return tuple(_scaled(stage, safety) for stage in stages)
+
+
+def _scaled(stage: Stage, s: float) -> Stage:
+    if len(stage) == 5:
+        p, u, c, d, e = stage
+        return p / s, u * s**2, c / s**9, d / s**5, e / s**3
+    return tuple(number / s ** (2 * power + 1) for power, number in enumerate(stage))
 
 
 _POLAR_EXPRESS = (
@@ -136,10 +148,51 @@ TABLES: dict[str, CoefficientTable] = {
         more_steps="error",
         prefix=False,
     ),
+    "gram28": CoefficientTable(
+        stages=(
+            (7.63462, -21.4634, 15.4601),
+            (7.77551, -4.00808, 0.943995, 5.39164, 0.0),
+            (3.65245, -2.68056, 0.515433),
+            (3.69242, -3.72724, 0.330068, 1.86251, -0.199936),
+        ),
+        source="this project: greedy Remez stages of degree 5, 9, 5, 9 for the Gram form (docs/orthogonalization.md)",
+        more_steps="error",
+        prefix=False,
+        restarts=(0, 2),
+    ),
+    "gram27": CoefficientTable(
+        stages=(
+            (7.63462, -21.4634, 15.4601),
+            (7.57687, -4.01692, 0.900852, 5.18506, 0.0),
+            (5.05276, -4.43275, 0.322022, 2.41519, 0.0),
+            (1.67653, -0.515398),
+        ),
+        source="this project: greedy Remez stages of degree 5, 9, 9, 3 for the Gram form (docs/orthogonalization.md)",
+        more_steps="error",
+        prefix=False,
+        restarts=(0, 2),
+    ),
 }
 
 # torch.optim.Muon refuses 100 steps or more; so many never help
 MAX_STEPS = 99
+
+
+def default_restarts(stages: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Where the Gram form begins anew with stages that were not made for it.
+
+    Small products square what rounding did to the smallest eigenvalues. bfloat16 bears one after another, and
+    none after the first stage, the steepest (Dao-AILab/gram-newton-schulz restarts float16 once, after the second).
+
+    Args:
+        stages: Their number.
+        dtype: Of the iterates.
+    """
+    if dtype is torch.bfloat16:
+        return (0, *range(1, stages, 2))
+    if dtype is torch.float16:
+        return (0, 2) if stages > 2 else (0,)
+    return (0,)
 
 
 def resolve_stages(coefficients: Coefficients, steps: int | None = None) -> tuple[Stage, ...]:

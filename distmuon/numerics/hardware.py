@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
+_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def has_native_bf16(device_type: str) -> bool:
         True where bfloat16 products are at least as fast as float32 ones.
     """
     if device_type == "cpu":
-        return _cpu_has_bf16()
+        return _cpu_has(*_CPU_FLAGS)
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
@@ -52,16 +52,34 @@ def cpu_cache_bytes() -> int:
     return int(_cpu_capabilities().get("l2_cache_size") or 1 << 20)
 
 
-def _cpu_has_bf16() -> bool:
+def _cpu_has(*flags: str) -> bool:
+    """Whether the CPU has one of the units."""
     capabilities = _cpu_capabilities()
     if capabilities:
-        return any(capabilities.get(flag, False) for flag in (*_CPU_FLAGS, "bf16"))
+        return any(capabilities.get(flag, False) for flag in flags)
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return any(flag in words for flag in (*_CPU_FLAGS, "bf16"))
+    return any(flag in words for flag in flags)
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:
     """What torch knows of this CPU; empty with versions that do not tell."""
     known = getattr(torch.cpu, "get_capabilities", None)
     return known() if known is not None else {}
+
+
+def device_class(device: torch.device) -> str:
+    """The kind of device whose speed is alike: the name of a built-in table of :mod:`distmuon.numerics.costs`.
+
+    Returns:
+        ``"cpu-amx"``, ``"cpu-bf16"`` (AVX512-BF16 and its like) or ``"cpu-float32"``; ``"cuda-sm90"`` and the
+        like by compute capability; else ``device.type``.
+    """
+    if device.type == "cpu":
+        if not has_native_bf16("cpu"):
+            return "cpu-float32"
+        return "cpu-amx" if _cpu_has("amx_bf16") else "cpu-bf16"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda-sm{major}{minor}"
+    return device.type

@@ -1,4 +1,4 @@
-"""Newton-Schulz: from a matrix towards its polar factor U V^T."""
+"""From a matrix towards its polar factor U V^T: the public function, and the one that the optimizer calls."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distmuon.numerics.coefficients import Coefficients, Stage, resolve_stages
-from distmuon.numerics.hardware import compute_dtype, cpu_cache_bytes
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.engines import gram, rational
+from distmuon.numerics.engines.standard import orthogonalize_alone
+from distmuon.numerics.hardware import cpu_cache_bytes
+from distmuon.numerics.normalize import normalize
+from distmuon.numerics.rationals import Rational
+from distmuon.numerics.recipe import Coefficients, Recipe, choose
+from distmuon.numerics.workers import spread
 
 # On an accelerator a batch is bounded for memory only: a float32 copy and Gram matrices are held beside it
 _DEVICE_BATCH_ELEMENTS = 1 << 28
@@ -18,178 +24,152 @@ _DEVICE_BATCH_ELEMENTS = 1 << 28
 def orthogonalize(
     x: Tensor,
     *,
-    coefficients: Coefficients = "quintic",
+    engine: str = "auto",
+    coefficients: Coefficients = "auto",
     steps: int | None = None,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
-    batched: bool = True,
+    safety: float | None = None,
+    restarts: Sequence[int] | None = None,
     compile: bool = False,
+    table: CostTable | None = None,
 ) -> Tensor:
     r"""Approximate the polar factor ``U V^T`` of each matrix ``U S V^T`` in ``x``.
 
-    With the default quintic the singular values of the result lie in about [0.47, 1.21] for those of
-    the input down to 1e-3 of its Frobenius norm, as in torch.optim.Muon. Other coefficients come closer
-    to 1 (:mod:`distmuon.numerics.coefficients`).
+    Singular values down to 2e-3 of the Frobenius norm come out near 1, smaller ones grow 500-fold or more, and zero
+    stays zero; how near is a matter of the coefficients (docs/orthogonalization.md has the table). A matrix that
+    holds NaN or Inf becomes NaN. ``x`` is never written.
 
-    Zero stays zero; a matrix that holds NaN or Inf becomes NaN. ``x`` is never written.
+    The way is chosen by the shape, dtype and device of a matrix alone, so that it does not matter which others it is
+    in a batch with.
 
     Args:
         x: Real floating-point matrices of shape ``(m, n)`` or ``(..., m, n)``.
-        coefficients: A name (``"quintic"``, ``"polar_express"``, ...), one stage, or one stage a step.
-        steps: Number of iterations; None runs a table once, and a single stage five times.
+        engine: ``"auto"`` takes the fastest of those below by ``table``. ``"standard"``: the operations of
+            torch.optim.Muon in their order, one matrix at a time; with ``dtype=torch.bfloat16`` the same bits, and
+            its speed and range (norms over 1e19 overflow). ``"composed"``: polynomials of degree 9 that need fewer
+            products. ``"gram"``: polynomials on the small Gram matrix. ``"rational"``: Cholesky factorizations in
+            float32 instead of products.
+        coefficients: ``"auto"`` (those of the engine), a name (``"quintic"``, ``"polar_express"``, ``"rational2"``,
+            ...), one stage, one stage a step (:mod:`distmuon.numerics.coefficients`), or a
+            :class:`distmuon.numerics.rationals.Rational`.
+        steps: Number of polynomial stages; None runs a table once, and a single stage five times. With
+            ``coefficients="auto"`` it asks for so many steps of the quintic.
         eps: Frobenius norms below this count as this, so smaller matrices come out proportionally
             smaller (torch.optim.Muon has 1e-7). 0 makes the result independent of the scale of ``x``.
         dtype: Dtype that ``x`` is rounded to first and that the result has; None keeps that of ``x``.
-            Iterates are held in it where the device multiplies it in hardware, in float32 elsewhere
-            (:func:`distmuon.numerics.hardware.compute_dtype`).
-        batched: Matrices are multiplied in batches. False takes one matrix at a time through the
-            operations of torch.optim.Muon in their order, so that with ``dtype=torch.bfloat16`` and the
-            default quintic the result has the same bits (and its speed, and its range: norms over 1e19
-            overflow).
-        compile: Run the batched iteration through :func:`torch.compile`.
+            Iterates are held in it where the device multiplies it in hardware and the engine suits it, in float32
+            elsewhere (float16 for ``"gram"`` on a GPU).
+        safety: Divides the matrices once more, so that rounding cannot leave the interval of the polynomials;
+            None: 1.01 for ``"polar_express"`` and ``"cans"``, 1 for others, whose intervals have 1 % of room.
+        restarts: Stages at which ``"gram"`` makes its Gram matrix anew, ascending from 0; None: chosen with the
+            coefficients, or by dtype (:func:`distmuon.numerics.coefficients.default_restarts`).
+        compile: Run batches through :func:`torch.compile`.
+        table: Speed of the engines, from ``distmuon calibrate``; None: the built-in one of the device.
 
     Returns:
-        A new tensor of the shape of ``x``.
+        A new tensor of the shape of ``x``, row-major.
 
     Raises:
         TypeError: if ``x`` is not a dense real floating-point tensor.
-        ValueError: if ``x`` has fewer than two dimensions, or the coefficients do not fit the steps.
+        ValueError: if ``x`` has fewer than two dimensions, or engine, coefficients, steps and restarts do not go
+            together.
     """
-    _check_input(x, batched=batched, compile=compile)
-    out = x.to(dtype or x.dtype, copy=True, memory_format=torch.contiguous_format)
-    return orthogonalize_(
-        out, coefficients=coefficients, steps=steps, eps=eps, dtype=out.dtype, batched=batched, compile=compile
+    _check_input(x)
+    dtype = dtype or x.dtype
+    recipe = choose(
+        x.size(-2),
+        x.size(-1),
+        device=x.device,
+        dtype=dtype,
+        engine=engine,
+        coefficients=coefficients,
+        steps=steps,
+        safety=safety,
+        restarts=restarts,
+        compile=compile,
+        table=table,
     )
+    if compile and recipe.engine in ("standard", "rational"):
+        raise ValueError(f"compile=True is for batches of products, and engine={engine!r} has none: drop one.")
+    out = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return orthogonalize_(out, recipe, eps=eps, dtype=dtype, compile=compile)
 
 
-def orthogonalize_(
-    x: Tensor,
-    *,
-    coefficients: Coefficients,
-    steps: int | None,
-    eps: float,
-    dtype: torch.dtype,
-    batched: bool,
-    compile: bool,
-) -> Tensor:
+@torch.no_grad()
+def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype, compile: bool = False) -> Tensor:
     """Replace each matrix of ``x`` by its approximate polar factor, with a workspace of a few matrices.
 
     Args:
         x: Contiguous matrices ``(..., m, n)``; written. Results are rounded to its dtype.
-        coefficients: See :func:`orthogonalize`, as all that follow.
-        steps: Number of iterations.
+        recipe: How.
         eps: Smallest Frobenius norm.
         dtype: Dtype that matrices are rounded to first.
-        batched: Whether matrices are multiplied in batches.
-        compile: Run the batched iteration through :func:`torch.compile`.
+        compile: Run batches through :func:`torch.compile`.
 
     Returns:
         ``x``.
     """
-    stages = resolve_stages(coefficients, steps)
     if x.numel() == 0:
         return x
     matrices = x.view(-1, *x.shape[-2:])
-    if not batched:
+
+    def alone(matrix: Tensor) -> None:
+        if recipe.engine == "standard":
+            matrix.copy_(orthogonalize_alone(matrix.to(dtype, copy=True), _stages(recipe), eps))
+        else:
+            normal = normalize(matrix[None].to(dtype), eps)[0]
+            matrix.copy_(iterate(normal.to(recipe.dtype), recipe))
+
+    if recipe.batched:
+        run = _compiled_iterate() if compile else iterate
+        for part in matrices.split(_batch_size(matrices[0], recipe.dtype)):
+            part.copy_(run(normalize(part.to(dtype), eps).to(recipe.dtype), recipe))
+    elif recipe.one_thread:
+        spread(alone, matrices.unbind())
+    else:
         for matrix in matrices:
-            matrix.copy_(_alone(matrix.to(dtype, copy=True), stages, eps))
-        return x
-    iterate = _compiled_iterate() if compile else iterate_batch
-    for part in matrices.split(_batch_size(matrices[0], dtype)):
-        part.copy_(iterate(normalize(part.to(dtype), eps), stages))
+            alone(matrix)
     return x
 
 
-def normalize(x: Tensor, eps: float) -> Tensor:
-    """Divide each matrix by its Frobenius norm, whatever its scale.
-
-    The largest entry is divided out first, since squares of entries past 1e19 leave float32.
+def iterate(x: Tensor, recipe: Recipe) -> Tensor:
+    """Run a recipe on matrices whose Frobenius norm is at most 1.
 
     Args:
-        x: ``(b, m, n)``.
-        eps: Smallest norm to divide by.
+        x: ``(m, n)``, or ``(b, m, n)`` if the recipe is batched, in its dtype.
+        recipe: Of an engine other than ``"standard"``.
 
     Returns:
-        A new tensor of the same shape, in the dtype that iterates are held in.
+        A new tensor of the same shape, row-major.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    flat = wide.flatten(1)
-    # the infinity norm of torch takes 20 times as long
-    peak = torch.maximum(flat.amax(1), flat.amin(1).neg_())[:, None, None]
-    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
-    wide.div_(peak)
-    # A non-zero matrix now has an entry of 1, so its norm is at least 1 and the clamp is for zeros alone
-    by_row = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # row by row, which takes all threads
-    norm = torch.linalg.vector_norm(by_row, dim=-2, keepdim=True).clamp_(min=1.0)
-    if eps > 0.0:
-        norm = torch.maximum(norm, eps / peak)
-    return wide.div_(norm).to(compute_dtype(x.dtype, x.device))
+    if isinstance(recipe.formula, Rational):
+        return rational.run(x, recipe.formula, recipe.products)
+    return gram.run(x, recipe.formula, recipe.restarts, recipe.products)
 
 
-def iterate_batch(x: Tensor, stages: Sequence[Stage]) -> Tensor:
-    """Run ``stages`` on matrices whose spectral norm is at most 1.
-
-    Args:
-        x: ``(b, m, n)``; its Gram matrix is taken on the short side, so tall ones need no transpose.
-        stages: One tuple a step.
-
-    Returns:
-        ``(b, m, n)``, row-major.
-    """
-    tall = x.size(-2) > x.size(-1)
-    for stage in stages:
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-        a, polynomial = _polynomial(gram, stage, torch.baddbmm)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+def _stages(recipe: Recipe) -> tuple[tuple[float, ...], ...]:
+    assert not isinstance(recipe.formula, Rational)
+    return recipe.formula
 
 
-def _polynomial(gram: Tensor, stage: Stage, addmm: Callable[..., Tensor]) -> tuple[float, Tensor]:
-    """Split ``P(R)`` into its constant, which later products add for free, and the rest."""
-    if len(stage) == 2:
-        a, b = stage
-        return a, gram * b
-    if len(stage) == 3:
-        a, b, c = stage
-        return a, addmm(gram, gram, gram, beta=b, alpha=c)
-    p, u, c, d, e = stage
-    nested = addmm(gram, gram, gram, beta=u)
-    rest = addmm(nested, nested, nested, beta=d, alpha=c)
-    return p, rest if e == 0.0 else rest.add(gram, alpha=e)
-
-
-def _alone(matrix: Tensor, stages: Sequence[Stage], eps: float) -> Tensor:
-    """The operations of torch.optim.Muon on one ``(m, n)`` in their order; ``matrix`` is written."""
-    tall = matrix.size(-2) > matrix.size(-1)
-    x = matrix.mT if tall else matrix
-    x.div_(x.norm().clamp(min=eps if eps > 0.0 else torch.finfo(x.dtype).tiny))
-    for stage in stages:
-        a, polynomial = _polynomial(x @ x.mT, stage, torch.addmm)
-        x = torch.addmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
-
-
-def _batch_size(matrix: Tensor, dtype: torch.dtype) -> int:
-    """How many matrices like this one are multiplied together, by its shape, dtype and device alone."""
+def _batch_size(matrix: Tensor, held: torch.dtype) -> int:
+    """How many matrices like this one are multiplied together; results do not depend on it."""
     if matrix.device.type != "cpu":
         return max(1, _DEVICE_BATCH_ELEMENTS // matrix.numel())
     # One matrix a thread at least, and more only while each thread's share stays in its cache
-    threads = torch.get_num_threads()
-    matrix_bytes = matrix.numel() * compute_dtype(dtype, matrix.device).itemsize
-    return threads * max(1, cpu_cache_bytes() // matrix_bytes)
+    return torch.get_num_threads() * max(1, cpu_cache_bytes() // (matrix.numel() * held.itemsize))
 
 
 @functools.cache
-def _compiled_iterate() -> Callable[[Tensor, Sequence[Stage]], Tensor]:
+def _compiled_iterate() -> Callable[[Tensor, Recipe], Tensor]:
     # dynamic: one graph for all shapes, where one a shape would run into the recompilation limit
-    return torch.compile(iterate_batch, dynamic=True)
+    return torch.compile(iterate, dynamic=True)
 
 
-def _check_input(x: Tensor, *, batched: bool, compile: bool) -> None:
+def _check_input(x: Tensor) -> None:
     if x.layout is not torch.strided or not x.dtype.is_floating_point or x.is_quantized:
         kind = x.layout if x.layout is not torch.strided else x.dtype
         raise TypeError(f"orthogonalize takes dense real floating-point matrices, got a tensor of {kind}.")
     if x.ndim < 2:
         raise ValueError(f"orthogonalize takes matrices, (m, n) or (..., m, n); got shape {tuple(x.shape)}.")
-    if compile and not batched:
-        raise ValueError("compile=True is for the batched path: drop batched=False, or compile.")

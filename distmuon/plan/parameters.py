@@ -37,7 +37,7 @@ class ParameterSpec:
         holdings: Who stores what, by ascending rank; together the ranks of one replica cover it once.
         group: Index of its parameter group.
         kind: What must be equal inside a bucket beside the shape, such as dtype and iteration.
-        cost: Relative time to orthogonalize one of its matrices.
+        cost: Time to orthogonalize one of its matrices, in any unit.
     """
 
     matrices: MatrixSpec

@@ -72,6 +72,8 @@ def muon_options(config: OptimConfig) -> dict[str, Any]:
         "momentum": config.momentum,
         "nesterov": config.nesterov,
         "ns_steps": config.ns_steps,
+        "ns_engine": config.ns_engine,
+        "cost_table": config.cost_table,
         "ns_dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.ns_dtype],
         "adjust_lr_fn": config.adjust_lr_fn,
         "adamw_betas": (config.betas[0], config.betas[1]),

@@ -148,10 +148,10 @@ def scheduled(layout, tensor_lr):
 
 
 def batched(layout):
-    """The default path: how far it is from the unbatched reference, over how far weights moved."""
+    """The quintic by another engine: how far it is from torch's operations, over how far weights moved."""
     twins = LAYOUTS[layout](torch.float32)
     starts = {name: param.detach().clone() for name, param in twins.whole.items()}
-    optimizer, reference = sharded_optimizer(twins, foreach=None), Reference(twins)
+    optimizer, reference = sharded_optimizer(twins, foreach=None, ns_coefficients="quintic"), Reference(twins)
     for step in range(5):
         give_gradients(twins, step)
         optimizer.step()
@@ -159,9 +159,29 @@ def batched(layout):
     return relative_error(twins, starts)
 
 
+def by_engine(layout, engine):
+    """Both sides on the same engine, which takes a matrix the same way whichever others are with it."""
+    twins = LAYOUTS[layout](torch.float32)
+    settings = dict(foreach=None, ns_engine=engine)
+    step_both(twins, sharded_optimizer(twins, **settings), Reference(twins, **settings), range(3))
+
+
+def large_matrices(engine):
+    """Weights after steps on matrices that are multiplied alone, in strips or in batches; this world shards them."""
+    twins = Twins({}, {})
+    shapes = {"wide": (70, 300), "tall": (270, 260), "small": (40, 96), "small too": (40, 96), "stack": (5, 80, 72)}
+    for name, shape in shapes.items():
+        distribute(twins, name, shape, mesh_of(dist.get_world_size()), [Shard(0)], torch.float32)
+    optimizer = sharded_optimizer(twins, foreach=None, ns_engine=engine)
+    for step in range(3):
+        give_gradients(twins, step)
+        optimizer.step()
+    return {name: full(param) for name, param in twins.ours.items()}
+
+
 def in_float64(layout, foreach):
     twins = LAYOUTS[layout](torch.float64)
-    optimizer = sharded_optimizer(twins, ns_dtype=torch.float64, foreach=foreach)
+    optimizer = sharded_optimizer(twins, ns_dtype=torch.float64, foreach=foreach, ns_coefficients="quintic")
     reference = Reference(twins, ns_dtype=torch.float64)
     for step in range(5):
         give_gradients(twins, step)
@@ -364,9 +384,25 @@ def test_scheduler(pools, tensor_lr):
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp even"), (4, "experts 5 on 4")])
-def test_batched_path_is_near(pools, world_size, layout):
+def test_another_engine_is_near(pools, world_size, layout):
     # Measured: 1.7e-2 where batches iterate in bfloat16, 1.5e-2 where in float32; the reference rounds all to bfloat16
     assert max(pools(world_size, batched, layout)) < 2e-2
+
+
+ENGINES = ["auto", "composed", "gram", "rational"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "fsdp2 uneven"), (4, "hsdp uneven"), (4, "experts 5 on 4")])
+def test_each_engine_is_that_of_one_process(pools, world_size, layout, engine):
+    pools(world_size, by_engine, layout, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_has_the_same_bits_on_any_number_of_ranks(pools, engine):
+    one, two, four = (pools(size, large_matrices, engine)[0] for size in (1, 2, 4))
+    for name in one:
+        assert torch.equal(one[name], two[name]) and torch.equal(one[name], four[name]), name
 
 
 @pytest.mark.parametrize("foreach", [False, None])
