@@ -80,7 +80,7 @@ class Muon(Optimizer):
         ns_dtype: Dtype that matrices are rounded to before they are orthogonalized, and that the result has.
             What lies between is in float32 where that is as fast.
         ns_engine: ``"auto"`` takes what is fastest for a shape on this device; ``"standard"``, ``"composed"``,
-            ``"gram"`` or ``"rational"``: see :func:`distmuon.orthogonalize`.
+            ``"gram"``, ``"rational"`` or ``"gram_newton_schulz"``: see :func:`distmuon.orthogonalize`.
         cost_table: How fast the engines are, a file that ``distmuon calibrate`` wrote; None: the built-in table of
             this kind of device. The lowest rank's table counts for all ranks.
         foreach: False updates one tensor at a time, with the operations of :class:`torch.optim.Muon` and

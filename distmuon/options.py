@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
-from distmuon.numerics.recipe import ENGINES
+from distmuon.numerics.recipe import ENGINES, NOT_COMPILED
 from distmuon.numerics.tables import builtin_table
 
 
@@ -54,7 +54,7 @@ class Options:
             raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
         if self.bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
-        if self.compile and (not self.batched or self.ns_engine in ("standard", "rational")):
+        if self.compile and (not self.batched or self.ns_engine in NOT_COMPILED):
             engine = "foreach=False" if not self.batched else f"ns_engine={self.ns_engine!r}"
             raise ValueError(f"compile=True and {engine} exclude each other: batches of products are what is compiled.")
         if self.fused and self.foreach is not None:

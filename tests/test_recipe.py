@@ -115,6 +115,18 @@ def test_what_each_engine_runs_by_itself():
     assert on_cpu(100, 100, engine="rational").formula == RATIONALS["rational2"]
 
 
+def test_the_external_engine_gets_its_stages_and_restarts(monkeypatch):
+    asked = []
+
+    def stand_in(x, coefficients, *, restarts):
+        asked.append((x.dtype, coefficients, restarts))
+        return x
+
+    monkeypatch.setattr("distmuon.numerics.orthogonalize.gram_newton_schulz", stand_in)
+    distmuon.orthogonalize(torch.randn(3, 4, 5), engine="gram_newton_schulz")
+    assert asked == [(torch.float16, recipes.resolve_stages("polar_express", 5), (2,))]
+
+
 def test_what_is_asked_for_is_run():
     assert on_cpu(100, 100, coefficients="rational3").formula == RATIONALS["rational3"]
     asked = on_cpu(100, 100, coefficients=[3.0, -3.0, 1.0], steps=2)
@@ -181,6 +193,7 @@ def test_gpu(cuda):
         ("auto", "magic", None, "ns_coefficients='magic' is unknown"),
         ("auto", "auto", 0, "ns_steps=0"),
         ("gram", "nested14", 5, "pass ns_steps=4"),
+        ("gram_newton_schulz", "nested14", None, "not of three numbers"),
     ],
 )
 def test_what_does_not_go_together(engine, coefficients, steps, message):

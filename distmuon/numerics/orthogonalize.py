@@ -12,9 +12,10 @@ from distmuon.numerics.costs import CostTable
 from distmuon.numerics.engines import gram, rational
 from distmuon.numerics.engines.standard import orthogonalize_alone
 from distmuon.numerics.hardware import cpu_cache_bytes
+from distmuon.numerics.kernels.external import gram_newton_schulz
 from distmuon.numerics.normalize import normalize
 from distmuon.numerics.rationals import Rational
-from distmuon.numerics.recipe import Coefficients, Recipe, choose
+from distmuon.numerics.recipe import EXTERNAL, NOT_COMPILED, Coefficients, Recipe, choose
 from distmuon.numerics.workers import spread
 
 # On an accelerator a batch is bounded for memory only: a float32 copy and Gram matrices are held beside it
@@ -49,7 +50,7 @@ def orthogonalize(
             torch.optim.Muon in their order, one matrix at a time; with ``dtype=torch.bfloat16`` the same bits, and
             its speed and range (norms over 1e19 overflow). ``"composed"``: polynomials of degree 9 that need fewer
             products. ``"gram"``: polynomials on the small Gram matrix. ``"rational"``: Cholesky factorizations in
-            float32 instead of products.
+            float32 instead of products. ``"gram_newton_schulz"``: the package of that name, on a GPU.
         coefficients: ``"auto"`` (those of the engine), a name (``"quintic"``, ``"polar_express"``, ``"rational2"``,
             ...), one stage, one stage a step (:mod:`distmuon.numerics.coefficients`), or a
             :class:`distmuon.numerics.rationals.Rational`.
@@ -74,6 +75,7 @@ def orthogonalize(
         TypeError: if ``x`` is not a dense real floating-point tensor.
         ValueError: if ``x`` has fewer than two dimensions, or engine, coefficients, steps and restarts do not go
             together.
+        ImportError: if the package of the engine is not installed.
     """
     _check_input(x)
     dtype = dtype or x.dtype
@@ -90,7 +92,7 @@ def orthogonalize(
         compile=compile,
         table=table,
     )
-    if compile and recipe.engine in ("standard", "rational"):
+    if compile and recipe.engine in NOT_COMPILED:
         raise ValueError(f"compile=True is for batches of products, and engine={engine!r} has none: drop one.")
     out = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return orthogonalize_(out, recipe, eps=eps, dtype=dtype, compile=compile)
@@ -143,6 +145,8 @@ def iterate(x: Tensor, recipe: Recipe) -> Tensor:
     Returns:
         A new tensor of the same shape, row-major.
     """
+    if recipe.engine == EXTERNAL:
+        return gram_newton_schulz(x, _stages(recipe), restarts=recipe.restarts[1:])
     if isinstance(recipe.formula, Rational):
         return rational.run(x, recipe.formula, recipe.products)
     return gram.run(x, recipe.formula, recipe.restarts, recipe.products)

@@ -23,9 +23,13 @@ from distmuon.numerics.tables import builtin_table
 Formula: TypeAlias = "tuple[Stage, ...] | Rational"
 Coefficients: TypeAlias = "str | Stage | Sequence[Stage] | Rational"
 
-ENGINES = ("auto", "standard", "composed", "gram", "rational")
+EXTERNAL = "gram_newton_schulz"
+ENGINES = ("auto", "standard", "composed", "gram", "rational", EXTERNAL)
+# These run no batches of products of ours that torch.compile could take
+NOT_COMPILED = ("standard", "rational", EXTERNAL)
 # What an engine runs when nothing else is asked for
 _DEFAULTS = {"standard": "quintic", "composed": "nested14", "gram": "gram28", "rational": "rational2"}
+_DEFAULTS[EXTERNAL] = "polar_express"
 
 # Below, measured on CPUs (docs/orthogonalization.md). Rows up to which matrices are multiplied in batches, and rows up
 # to which each has one thread: more would wait for each other. bfloat16 products up to 1024 rows have one anyway.
@@ -44,7 +48,7 @@ class Recipe:
     """How matrices of one shape are orthogonalized.
 
     Attributes:
-        engine: ``"standard"``, ``"composed"``, ``"gram"`` or ``"rational"``.
+        engine: One of :data:`ENGINES` other than ``"auto"``.
         formula: Polynomial stages, or a rational function.
         restarts: Stages that make the Gram matrix anew (:mod:`distmuon.numerics.engines.gram`).
         dtype: Of the iterates.
@@ -147,10 +151,8 @@ def _choose(
         return recipe(engine)
     if coefficients != "auto" or steps is not None:
         return recipe("rational" if _is_rational(coefficients) else "composed")
-    known = [name for name, _ in table.engines if name in _DEFAULTS and name != "standard"]
-    if compile:
-        # a factorization is a call into a library, which leaves nothing to compile
-        known = [name for name in known if name != "rational"]
+    known = [name for name, _ in table.engines if name in ("composed", "gram", "rational")]
+    known = [name for name in known if not (compile and name in NOT_COMPILED)]
     recipes = [recipe(name) for name in known] or [recipe("composed")]
     return min(recipes, key=lambda found: found.seconds(rows, cols, table))
 
@@ -171,6 +173,8 @@ def _recipe(
     cpu = device.type == "cpu"
     if coefficients == "auto":
         coefficients = _DEFAULTS[engine] if steps is None else "quintic"
+        if engine == EXTERNAL and steps is None:
+            steps = 5
     held = _iterate_dtype(engine, dtype, device)
     formula: Formula
     if _is_rational(coefficients):
@@ -181,11 +185,12 @@ def _recipe(
         begins = _restarts(engine, coefficients, len(formula), short, held, restarts)
         if safety is not None:
             formula = with_safety(formula, safety)
-    batched = engine != "standard" and (not cpu or compile or (short <= _BATCHED_ROWS and held.itemsize >= 4))
+    small = short <= _BATCHED_ROWS and held.itemsize >= 4
+    batched = engine != "standard" and (not cpu or compile or small or engine == EXTERNAL)
     products: Products = Whole()
     if not batched and cpu and engine != "standard" and rows * cols >= _STRIPS_NUMEL[held.itemsize < 4]:
         products = Strips()
-    elif not cpu and not compile and engine != "standard" and short >= _KERNEL_ROWS and available(device):
+    elif not cpu and not compile and engine in ("composed", "gram") and short >= _KERNEL_ROWS and available(device):
         products = Kernels()
     one_thread = cpu and not batched and engine != "standard" and short <= _ONE_THREAD_ROWS[held.itemsize < 4]
     return Recipe(engine, formula, begins, held, products, batched, one_thread)
@@ -213,10 +218,14 @@ def check_formula(engine: str, coefficients: Coefficients, steps: int | None) ->
             f"ns_engine='rational' does not run polynomials: take one of {', '.join(RATIONALS)}, a Rational, or "
             "another engine."
         )
-    if coefficients != "auto":
-        resolve_stages(coefficients, steps)  # type: ignore[arg-type]
-    elif steps is not None:
-        resolve_stages("quintic", steps)
+    if coefficients == "auto":
+        coefficients = "quintic"
+    stages = resolve_stages(coefficients, steps)  # type: ignore[arg-type]
+    if engine == EXTERNAL and any(len(stage) != 3 for stage in stages):
+        raise ValueError(
+            f"ns_coefficients={coefficients!r} has stages that are not of three numbers, and ns_engine={engine!r} runs "
+            "no others: take 'polar_express', or another engine."
+        )
 
 
 def _is_rational(coefficients: Coefficients) -> bool:
@@ -229,6 +238,8 @@ def _iterate_dtype(engine: str, dtype: torch.dtype, device: torch.device) -> tor
         return dtype
     if engine == "rational":
         return torch.promote_types(dtype, torch.float32)
+    if engine == EXTERNAL:
+        return torch.float16
     if engine == "gram" and dtype is torch.bfloat16 and device.type == "cuda":
         # iterates lie in fp16's range, at its speed and an eighth of the rounding (Dao-AILab/gram-newton-schulz)
         return torch.float16
@@ -243,7 +254,7 @@ def _restarts(
     held: torch.dtype,
     restarts: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
-    if engine != "gram":
+    if engine not in ("gram", EXTERNAL):
         return tuple(range(stages))
     if restarts is not None:
         ascending = restarts == tuple(sorted(set(restarts)))

@@ -36,7 +36,7 @@ class OptimConfig:
         nesterov: Whether Muon's momentum is Nesterov's.
         ns_steps: Number of Newton-Schulz iterations; null: as many as the coefficients have.
         ns_coefficients: Three numbers a, b, c of the iteration, or the name of a set; null: those of the engine.
-        ns_engine: auto, standard, composed, gram or rational; auto: the fastest for each shape on this device.
+        ns_engine: What orthogonalizes; auto: the fastest for each shape on this device.
         cost_table: File of `distmuon calibrate` that auto goes by; null: the built-in table.
         ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
             rounding of summed gradients is not amplified by bfloat16.
@@ -59,7 +59,7 @@ class OptimConfig:
     nesterov: bool = True
     ns_steps: int | None = None
     ns_coefficients: str | list[float] | None = None
-    ns_engine: Literal["auto", "standard", "composed", "gram", "rational"] = "auto"
+    ns_engine: Literal["auto", "standard", "composed", "gram", "rational", "gram_newton_schulz"] = "auto"
     cost_table: str | None = None
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
