@@ -259,17 +259,7 @@ def _nanoseconds(name: str, layout: LocalLayout, group: Group, options: Options)
     spec = matrix_spec(name, layout.shape, flatten=group["flatten"])
     device = torch.device(layout.device)
     table = options.table(device)
-    recipe = choose(
-        spec.rows,
-        spec.cols,
-        device=device,
-        dtype=options.ns_dtype,
-        engine=options.engine,
-        coefficients=group["ns_coefficients"],
-        steps=group["ns_steps"],
-        compile=options.compile,
-        table=table,
-    )
+    recipe = choose(spec.rows, spec.cols, device, options.request(group), table)
     return max(1, round(1e9 * recipe.seconds(spec.rows, spec.cols, table)))
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from distmuon.comm.layout import check_parameter
-from distmuon.numerics.recipe import check_formula
 from distmuon.numerics.update import resolve_lr_scale
 from distmuon.options import Options
 from distmuon.plan.matrices import matrix_spec
@@ -151,13 +150,13 @@ def split_by_route(named: Sequence[tuple[str, Tensor]], routes: Mapping[str, Rou
     return groups
 
 
-def check_group(group: Group, label: str, engine: str) -> None:
+def check_group(group: Group, label: str, options: Options) -> None:
     """Check the values of a complete group and the parameters in it.
 
     Args:
         group: With every key filled in.
         label: What to call it in messages.
-        engine: What its matrices will be orthogonalized by.
+        options: Of the optimizer.
 
     Raises:
         ValueError: for a value out of range.
@@ -176,7 +175,7 @@ def check_group(group: Group, label: str, engine: str) -> None:
         _check_range(label, "betas", beta, upper=1.0)
     try:
         resolve_lr_scale(group["adjust_lr_fn"])
-        check_formula(engine, group["ns_coefficients"], group["ns_steps"])
+        options.request(group)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
     names = group_names(group, label)

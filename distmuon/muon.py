@@ -202,7 +202,7 @@ class Muon(Optimizer):
         check_disjoint([*self.param_groups, *expanded])
         for group in expanded:
             fill_defaults(group, self.defaults, self._options, label)
-            check_group(group, label, self._options.engine)
+            check_group(group, label, self._options)
             super().add_param_group(group)
         self._routes.update(routes)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
-from distmuon.numerics.recipe import ENGINES, NOT_COMPILED
+from distmuon.numerics.recipe import ENGINES, NOT_COMPILED, Request
 from distmuon.numerics.tables import builtin_table
 
 
@@ -65,10 +67,15 @@ class Options:
         """Whether tensors are taken together, rather than one by one as in torch.optim.Muon."""
         return self.foreach is not False
 
-    @property
-    def engine(self) -> str:
-        """What matrices are orthogonalized by: see :func:`distmuon.numerics.orthogonalize.orthogonalize`."""
-        return self.ns_engine if self.batched else "standard"
+    def request(self, group: Mapping[str, Any]) -> Request:
+        """What the matrices of a parameter group are orthogonalized by.
+
+        Raises:
+            ValueError: if its coefficients and steps do not go together, or not with the engine.
+        """
+        engine = self.ns_engine if self.batched else "standard"
+        coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+        return Request(self.ns_dtype, engine, coefficients, steps, compile=self.compile)
 
     def table(self, device: torch.device) -> CostTable:
         """The cost table that the user named, or the built-in one of the device."""

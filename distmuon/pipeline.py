@@ -215,17 +215,8 @@ class Pipeline:
         # matrices of one bucket share their iteration, whatever groups they are in
         slot = next(iter(flight.routes.place))
         group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
-        recipe = choose(
-            flight.bucket.rows,
-            flight.bucket.cols,
-            device=self.device,
-            dtype=self.options.ns_dtype,
-            engine=self.options.engine,
-            coefficients=group["ns_coefficients"],
-            steps=group["ns_steps"],
-            compile=self.options.compile,
-            table=self.table,
-        )
+        rows, cols = flight.bucket.rows, flight.bucket.cols
+        recipe = choose(rows, cols, self.device, self.options.request(group), self.table)
         with self.clock.phase("ns", self.device):
             orthogonalize_(
                 flight.matrices, recipe, eps=group["eps"], dtype=self.options.ns_dtype, compile=self.options.compile

@@ -121,17 +121,8 @@ def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence
         if group["use_muon"]:
             for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
                 spec = matrix_spec(name, param.shape, flatten=group["flatten"])
-                recipe = choose(
-                    spec.rows,
-                    spec.cols,
-                    device=param.device,
-                    dtype=options.ns_dtype,
-                    engine=options.engine,
-                    coefficients=group["ns_coefficients"],
-                    steps=group["ns_steps"],
-                    compile=options.compile,
-                    table=tables.get(param.device.type, options.table(param.device)),
-                )
+                table = tables.get(param.device.type, options.table(param.device))
+                recipe = choose(spec.rows, spec.cols, param.device, options.request(group), table)
                 counts[param.device.type, recipe.engine, recipe.dtype] += spec.count
     return [
         f"{count} matrices on {device}, rounded to {options.ns_dtype}: engine {engine}, in {held}."

@@ -8,7 +8,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from distmuon import orthogonalize
 from distmuon.numerics.coefficients import TABLES
 from distmuon.numerics.rationals import RATIONALS
-from distmuon.numerics.recipe import choose
+from distmuon.numerics.recipe import Request, choose
 
 SHAPES = ((64, 64), (64, 256), (256, 64), (128, 128), (100, 90))
 # "cubic" trades accuracy for products, as its source in the table says
@@ -40,8 +40,8 @@ def by(way, x):
 
 def iterates_in_bfloat16(way, shape):
     engine, coefficients = way
-    chosen = dict(device=torch.device("cpu"), dtype=torch.bfloat16, engine=engine, coefficients=coefficients)
-    return choose(*shape, **chosen).dtype is torch.bfloat16
+    request = Request(torch.bfloat16, engine, coefficients)
+    return choose(*shape, torch.device("cpu"), request).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
@@ -65,7 +65,7 @@ def test_families_in_native_bf16(family, way, native_bf16):
 def test_linked_stages_in_bf16(family, native_bf16):
     """From 256 rows on the Gram form goes on without its matrix between restarts, also in bfloat16."""
     x = family(256, 256, torch.Generator().manual_seed(1))
-    recipe = choose(256, 256, device=x.device, dtype=torch.bfloat16, engine="gram")
+    recipe = choose(256, 256, x.device, Request(torch.bfloat16, "gram"))
     assert (recipe.restarts, recipe.dtype) == ((0, 2), torch.bfloat16)
     check(x, by(("gram", "auto"), x))
 

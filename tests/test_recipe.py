@@ -13,7 +13,7 @@ from distmuon.numerics import recipe as recipes
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.numerics.products import Kernels, Strips, Whole, _strips
 from distmuon.numerics.rationals import RATIONALS
-from distmuon.numerics.recipe import check_formula, choose
+from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,8 +26,8 @@ def table(*engines):
     return CostTable("cpu-float32", "of a test", engines)
 
 
-def on_cpu(rows, cols, dtype=torch.bfloat16, **keywords):
-    return choose(rows, cols, device=CPU, dtype=dtype, **keywords)
+def on_cpu(rows, cols, dtype=torch.bfloat16, table=None, **keywords):
+    return choose(rows, cols, CPU, Request(dtype, **keywords), table)
 
 
 @pytest.fixture
@@ -170,15 +170,14 @@ def test_products_by_size_on_a_cpu():
 
 def test_gpu(cuda):
     square, wide, small = (
-        choose(rows, cols, device=CUDA, dtype=torch.bfloat16)
-        for rows, cols in ((4096, 4096), (4096, 16384), (768, 768))
+        choose(rows, cols, CUDA, Request(torch.bfloat16)) for rows, cols in ((4096, 4096), (4096, 16384), (768, 768))
     )
     assert (square.engine, square.dtype) == ("composed", torch.bfloat16)
     assert (wide.engine, wide.dtype, wide.restarts) == ("gram", torch.float16, (0, 2))
     assert square.products == wide.products == Kernels()
     assert small.products == Whole()
     assert all(found.batched and not found.one_thread for found in (square, wide, small))
-    compiled = choose(4096, 4096, device=CUDA, dtype=torch.bfloat16, compile=True)
+    compiled = choose(4096, 4096, CUDA, Request(torch.bfloat16, compile=True))
     assert compiled.products == Whole()
 
 
@@ -198,7 +197,7 @@ def test_gpu(cuda):
 )
 def test_what_does_not_go_together(engine, coefficients, steps, message):
     with pytest.raises(ValueError, match=message):
-        check_formula(engine, coefficients, steps)
+        Request(torch.bfloat16, engine, coefficients, steps)
 
 
 @pytest.mark.parametrize(

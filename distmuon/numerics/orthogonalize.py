@@ -15,7 +15,7 @@ from distmuon.numerics.hardware import cpu_cache_bytes
 from distmuon.numerics.kernels.external import gram_newton_schulz
 from distmuon.numerics.normalize import normalize
 from distmuon.numerics.rationals import Rational
-from distmuon.numerics.recipe import EXTERNAL, NOT_COMPILED, Coefficients, Recipe, choose
+from distmuon.numerics.recipe import EXTERNAL, NOT_COMPILED, Coefficients, Recipe, Request, choose
 from distmuon.numerics.workers import spread
 
 # On an accelerator a batch is bounded for memory only: a float32 copy and Gram matrices are held beside it
@@ -79,19 +79,9 @@ def orthogonalize(
     """
     _check_input(x)
     dtype = dtype or x.dtype
-    recipe = choose(
-        x.size(-2),
-        x.size(-1),
-        device=x.device,
-        dtype=dtype,
-        engine=engine,
-        coefficients=coefficients,
-        steps=steps,
-        safety=safety,
-        restarts=restarts,
-        compile=compile,
-        table=table,
-    )
+    begins = None if restarts is None else tuple(restarts)
+    request = Request(dtype, engine, coefficients, steps, safety, begins, compile)
+    recipe = choose(x.size(-2), x.size(-1), x.device, request, table)
     if compile and recipe.engine in NOT_COMPILED:
         raise ValueError(f"compile=True is for batches of products, and engine={engine!r} has none: drop one.")
     out = x.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -83,28 +83,13 @@ class Recipe:
         return table.rates(self.engine).seconds(rows, cols, big=self.big, small=self.small)
 
 
-def choose(
-    rows: int,
-    cols: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    engine: str = "auto",
-    coefficients: Coefficients = "auto",
-    steps: int | None = None,
-    safety: float | None = None,
-    restarts: Sequence[int] | None = None,
-    compile: bool = False,
-    table: CostTable | None = None,
-) -> Recipe:
-    """The recipe of ``rows x cols`` matrices.
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, of matrices of any shape.
 
-    Args:
-        rows: Of a matrix.
-        cols: Of a matrix.
-        device: Where it lies.
-        dtype: What it is rounded to.
-        engine: One of :data:`ENGINES`; ``"auto"`` takes the fastest of the table with its own coefficients, and
+    Attributes:
+        dtype: What they are rounded to.
+        engine: One of :data:`ENGINES`; ``"auto"`` takes the fastest of the cost table with its own coefficients, and
             ``"composed"`` or ``"rational"`` with given ones.
         coefficients: ``"auto"``, a name, stages, or a :class:`Rational`.
         steps: Number of stages; with ``coefficients="auto"``, of the quintic.
@@ -112,99 +97,101 @@ def choose(
         restarts: Of the Gram form; None: of the table, else
             :func:`distmuon.numerics.coefficients.default_restarts`.
         compile: Whether the iteration goes through :func:`torch.compile`, which batches suit.
+
+    Raises:
+        ValueError: for engines, coefficients and steps that do not go together; says what does.
+    """
+
+    dtype: torch.dtype
+    engine: str = "auto"
+    coefficients: Coefficients = "auto"
+    steps: int | None = None
+    safety: float | None = None
+    restarts: tuple[int, ...] | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coefficients, str | Rational):
+            given = tuple(tuple(c) if isinstance(c, Sequence) else c for c in self.coefficients)
+            object.__setattr__(self, "coefficients", given)
+        _check(self)
+
+    @property
+    def rational(self) -> Rational | None:
+        """The rational function that was asked for by name or by value."""
+        if isinstance(self.coefficients, str):
+            return RATIONALS.get(self.coefficients)
+        return self.coefficients if isinstance(self.coefficients, Rational) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(rows: int, cols: int, device: torch.device, request: Request, table: CostTable | None = None) -> Recipe:
+    """The recipe of ``rows x cols`` matrices.
+
+    Args:
+        rows: Of a matrix.
+        cols: Of a matrix.
+        device: Where it lies.
+        request: What was asked for.
         table: Speed of the engines; None: the built-in one of the device.
 
     Raises:
-        ValueError: for what :func:`check_formula` refuses, and restarts that are not ascending from 0.
+        ValueError: for restarts that are not ascending from 0.
     """
-    check_formula(engine, coefficients, steps)
-    if not isinstance(coefficients, str | Rational):
-        coefficients = tuple(tuple(c) if isinstance(c, Sequence) else c for c in coefficients)  # type: ignore[assignment]
-    restarts = None if restarts is None else tuple(restarts)
+    if request.engine != "auto":
+        return _recipe(rows, cols, device, request, request.engine)
+    if request.rational is not None:
+        return _recipe(rows, cols, device, request, "rational")
+    if request.coefficients != "auto" or request.steps is not None:
+        return _recipe(rows, cols, device, request, "composed")
     table = table or builtin_table(device_class(device))
-    return _choose(rows, cols, device, dtype, engine, coefficients, steps, safety, restarts, compile, table)
+    known = [name for name, _ in table.engines if name in ("composed", "gram", "rational")]
+    known = [name for name in known if not (request.compile and name in NOT_COMPILED)] or ["composed"]
+    recipes = [_recipe(rows, cols, device, request, name) for name in known]
+    return min(recipes, key=lambda recipe: recipe.seconds(rows, cols, table))
 
 
 def forget() -> None:
     """Drop remembered recipes, which hold for one machine; for tests that pretend to be on another."""
-    _choose.cache_clear()
+    choose.cache_clear()
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(
-    rows: int,
-    cols: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    engine: str,
-    coefficients: Coefficients,
-    steps: int | None,
-    safety: float | None,
-    restarts: tuple[int, ...] | None,
-    compile: bool,
-    table: CostTable,
-) -> Recipe:
-    def recipe(name: str) -> Recipe:
-        return _recipe(rows, cols, device, dtype, name, coefficients, steps, safety, restarts, compile)
-
-    if engine != "auto":
-        return recipe(engine)
-    if coefficients != "auto" or steps is not None:
-        return recipe("rational" if _is_rational(coefficients) else "composed")
-    known = [name for name, _ in table.engines if name in ("composed", "gram", "rational")]
-    known = [name for name in known if not (compile and name in NOT_COMPILED)]
-    recipes = [recipe(name) for name in known] or [recipe("composed")]
-    return min(recipes, key=lambda found: found.seconds(rows, cols, table))
-
-
-def _recipe(
-    rows: int,
-    cols: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    engine: str,
-    coefficients: Coefficients,
-    steps: int | None,
-    safety: float | None,
-    restarts: tuple[int, ...] | None,
-    compile: bool,
-) -> Recipe:
+def _recipe(rows: int, cols: int, device: torch.device, request: Request, engine: str) -> Recipe:
     short = min(rows, cols)
-    cpu = device.type == "cpu"
+    cpu, alone = device.type == "cpu", engine == "standard"
+    held = _iterate_dtype(engine, request.dtype, device)
+    formula, restarts = _formula(request, engine, short, held)
+    small = short <= _BATCHED_ROWS and held.itemsize >= 4
+    batched = not alone and (not cpu or request.compile or small or engine == EXTERNAL)
+    products: Products = Whole()
+    if cpu and not batched and not alone and rows * cols >= _STRIPS_NUMEL[held.itemsize < 4]:
+        products = Strips()
+    elif engine in ("composed", "gram") and not cpu and not request.compile and short >= _KERNEL_ROWS:
+        products = Kernels() if available(device) else Whole()
+    one_thread = cpu and not batched and not alone and short <= _ONE_THREAD_ROWS[held.itemsize < 4]
+    return Recipe(engine, formula, restarts, held, products, batched, one_thread)
+
+
+def _formula(request: Request, engine: str, short: int, held: torch.dtype) -> tuple[Formula, tuple[int, ...]]:
+    """What is run, and where the Gram matrix is made anew."""
+    coefficients, steps = request.coefficients, request.steps
     if coefficients == "auto":
         coefficients = _DEFAULTS[engine] if steps is None else "quintic"
         if engine == EXTERNAL and steps is None:
-            steps = 5
-    held = _iterate_dtype(engine, dtype, device)
-    formula: Formula
-    if _is_rational(coefficients):
-        formula = RATIONALS[coefficients] if isinstance(coefficients, str) else coefficients  # type: ignore[assignment]
-        begins: tuple[int, ...] = (0,)
-    else:
-        formula = resolve_stages(coefficients, steps)  # type: ignore[arg-type]
-        begins = _restarts(engine, coefficients, len(formula), short, held, restarts)
-        if safety is not None:
-            formula = with_safety(formula, safety)
-    small = short <= _BATCHED_ROWS and held.itemsize >= 4
-    batched = engine != "standard" and (not cpu or compile or small or engine == EXTERNAL)
-    products: Products = Whole()
-    if not batched and cpu and engine != "standard" and rows * cols >= _STRIPS_NUMEL[held.itemsize < 4]:
-        products = Strips()
-    elif not cpu and not compile and engine in ("composed", "gram") and short >= _KERNEL_ROWS and available(device):
-        products = Kernels()
-    one_thread = cpu and not batched and engine != "standard" and short <= _ONE_THREAD_ROWS[held.itemsize < 4]
-    return Recipe(engine, formula, begins, held, products, batched, one_thread)
+            steps = 5  # as that package has it; the table runs to convergence
+    rational = RATIONALS.get(coefficients) if isinstance(coefficients, str) else request.rational
+    if rational is not None:
+        return rational, (0,)
+    stages = resolve_stages(coefficients, steps)  # type: ignore[arg-type]
+    restarts = _restarts(request, engine, coefficients, len(stages), short, held)
+    return stages if request.safety is None else with_safety(stages, request.safety), restarts
 
 
-def check_formula(engine: str, coefficients: Coefficients, steps: int | None) -> None:
-    """Refuse engines, coefficients and steps that do not go together.
-
-    Raises:
-        ValueError: saying what was given and what goes together.
-    """
+def _check(request: Request) -> None:
+    engine, coefficients, steps = request.engine, request.coefficients, request.steps
     if engine not in ENGINES:
         raise ValueError(f"ns_engine={engine!r} is unknown; known: {', '.join(ENGINES)}.")
-    if _is_rational(coefficients) or (coefficients == "auto" and engine == "rational"):
+    if request.rational is not None or (coefficients == "auto" and engine == "rational"):
         if engine not in ("auto", "rational"):
             raise ValueError(
                 f"ns_coefficients={coefficients!r} is a rational function and ns_engine={engine!r} runs polynomials: "
@@ -218,18 +205,12 @@ def check_formula(engine: str, coefficients: Coefficients, steps: int | None) ->
             f"ns_engine='rational' does not run polynomials: take one of {', '.join(RATIONALS)}, a Rational, or "
             "another engine."
         )
-    if coefficients == "auto":
-        coefficients = "quintic"
-    stages = resolve_stages(coefficients, steps)  # type: ignore[arg-type]
+    stages = resolve_stages("quintic" if coefficients == "auto" else coefficients, steps)  # type: ignore[arg-type]
     if engine == EXTERNAL and any(len(stage) != 3 for stage in stages):
         raise ValueError(
             f"ns_coefficients={coefficients!r} has stages that are not of three numbers, and ns_engine={engine!r} runs "
             "no others: take 'polar_express', or another engine."
         )
-
-
-def _is_rational(coefficients: Coefficients) -> bool:
-    return isinstance(coefficients, Rational) or (isinstance(coefficients, str) and coefficients in RATIONALS)
 
 
 def _iterate_dtype(engine: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -247,20 +228,16 @@ def _iterate_dtype(engine: str, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def _restarts(
-    engine: str,
-    coefficients: Coefficients,
-    stages: int,
-    short: int,
-    held: torch.dtype,
-    restarts: tuple[int, ...] | None,
+    request: Request, engine: str, coefficients: Coefficients, stages: int, short: int, held: torch.dtype
 ) -> tuple[int, ...]:
     if engine not in ("gram", EXTERNAL):
         return tuple(range(stages))
-    if restarts is not None:
-        ascending = restarts == tuple(sorted(set(restarts)))
-        if not restarts or restarts[0] != 0 or restarts[-1] >= stages or not ascending:
-            raise ValueError(f"restarts={restarts}: give ascending numbers of stages from 0 to {stages - 1}, 0 first.")
-        return restarts
+    asked = request.restarts
+    if asked is not None:
+        ascending = asked == tuple(sorted(set(asked)))
+        if not asked or asked[0] != 0 or asked[-1] >= stages or not ascending:
+            raise ValueError(f"restarts={asked}: give ascending numbers of stages from 0 to {stages - 1}, 0 first.")
+        return asked
     if held is torch.bfloat16 and short < _LINKED_ROWS:
         return tuple(range(stages))
     table = TABLES[coefficients] if isinstance(coefficients, str) else None
