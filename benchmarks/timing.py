@@ -13,6 +13,8 @@ import torch
 
 # A sample is thrown away if other processes used more than this share of the cores while it ran
 _DISTURBANCE = 0.06
+# Shorter ones cannot be judged: the kernel counts in hundredths of a second
+SHORTEST_JUDGED_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,22 @@ class Timing:
     samples: int
 
 
+@dataclass(frozen=True)
+class Judged(Timing):
+    """A timing whose samples were judged: ``rejected`` of them were disturbed; not ``quiet``: so are those kept."""
+
+    rejected: int
+    quiet: bool
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]], *, samples: int, limit_s: float, device: torch.device
-) -> dict[str, Timing]:
+) -> dict[str, Judged]:
     """Time functions in turn, A B C A B C, so that a drift of the machine hits all alike.
 
-    Each runs once before it counts. Rounds in which other processes disturbed a sample are taken again, at
-    most ``samples`` times; if the machine never was quiet the disturbed samples are kept.
+    Each runs once before it counts. A sample is disturbed if other processes used more than 6 % of the cores while it
+    ran. Rounds with disturbed samples are taken again, at most ``samples`` times; of a function that never had a quiet
+    one the disturbed samples are kept.
 
     Args:
         functions: By name; each is called without arguments.
@@ -52,8 +63,12 @@ def interleaved(
         for name, function in functions.items():
             milliseconds, quiet = _sample(function, device)
             (clean if quiet else disturbed)[name].append(milliseconds)
-    kept = {name: clean[name] or disturbed[name] for name in functions}
-    return {name: Timing(statistics.median(ms), min(ms), max(ms), len(ms)) for name, ms in kept.items()}
+    return {name: _judged(clean[name], disturbed[name]) for name in functions}
+
+
+def _judged(clean: list[float], disturbed: list[float]) -> Judged:
+    kept, rejected = (clean, len(disturbed)) if clean else (disturbed, 0)
+    return Judged(statistics.median(kept), min(kept), max(kept), len(kept), rejected, quiet=bool(clean))
 
 
 def _sample(function: Callable[[], object], device: torch.device) -> tuple[float, bool]:
@@ -63,8 +78,7 @@ def _sample(function: Callable[[], object], device: torch.device) -> tuple[float
     _wait(device)
     elapsed = time.perf_counter() - start
     others = (_busy_seconds() - busy) - (_own_seconds() - own)
-    # The kernel counts in hundredths of a second, so short samples cannot be judged
-    quiet = elapsed < 0.1 or others <= _DISTURBANCE * elapsed * (os.cpu_count() or 1)
+    quiet = elapsed < SHORTEST_JUDGED_S or others <= _DISTURBANCE * elapsed * (os.cpu_count() or 1)
     return elapsed * 1e3, quiet
 
 

@@ -1,27 +1,42 @@
 """What the benchmarks compute beside what they time."""
 
+import dataclasses
+import functools
 import inspect
 import json
+import math
 import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 
 import distmuon
+from distmuon.numerics.coefficients import resolve_stages
+from distmuon.numerics.polar import polar_factor
+from distmuon.numerics.recipe import Request, choose
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
 
+import accuracy  # noqa: E402
+import engine_losses  # noqa: E402
+import matrix_families  # noqa: E402
+import momenta  # noqa: E402
+import orthogonalize  # noqa: E402
+import orthogonalize_contenders as ways  # noqa: E402
 import step_time  # noqa: E402
 import step_time_contenders as contenders  # noqa: E402
 import step_time_probes as probes  # noqa: E402
 import step_time_report as report  # noqa: E402
+from engine_losses_report import Outcome, same_curves, spreads  # noqa: E402
+from orthogonalize_report import Result, as_json, geometric_means, make_table, summary  # noqa: E402
 from step_time_ranks import Row  # noqa: E402
-from timing import Timing  # noqa: E402
+from timing import Judged, Timing, interleaved  # noqa: E402
 
 NET_DEV = """Inter-|   Receive                                                |  Transmit
  face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
@@ -142,6 +157,307 @@ def test_a_row_that_failed_or_was_disturbed_says_so():
     lines = report.notes(rows)
     assert lines[:2] == ["ours: a note.", "theirs, FSDP2, failed: ValueError: no"]
     assert lines[2].startswith("* No sample of this row was quiet")
+
+
+def test_work_is_read():
+    parts = ways.parse_work("gpt2_pair")
+    assert [(part.count, part.rows, part.cols) for part in parts] == [(8, 768, 768), (2, 3072, 768), (2, 768, 3072)]
+    assert ways.parse_work("3072x768") == (ways.Part(1, 3072, 768),)
+    for wrong in ("768", "axb", "1x2x3x4", "0x4x4"):
+        with pytest.raises(ValueError, match=f"'{wrong}'"):
+            ways.parse_work(wrong)
+
+
+def test_flops_of_the_engines():
+    wide = ways.Part(3, 64, 256)
+    big, small = 2 * 64 * 64 * 256, 2 * 64**3
+    assert wide.standard_flops == ways.Part(3, 256, 64).standard_flops == 3 * (10 * big + 5 * small)
+    cpu = torch.device("cpu")
+    assert wide.flops(ways.engine_recipe("standard", wide, cpu)) == wide.standard_flops
+    assert wide.flops(ways.engine_recipe("composed", wide, cpu)) == 3 * (8 * big + 6 * small)
+    # two inverses, each half of a product
+    assert wide.flops(ways.engine_recipe("rational", wide, cpu)) == 3 * (2 * big + small)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
+def test_the_baselines_run_the_quintic(shape):
+    x = torch.randn(shape)
+    stages = resolve_stages("quintic", 5)
+    exact = distmuon.orthogonalize(x.double(), coefficients=stages, engine="composed")
+    torch.testing.assert_close(ways.result_of("float32", x).double(), exact, atol=2e-4, rtol=0)
+    assert torch.equal(ways.result_of("torch", x), ways.result_of("standard", x))
+    assert (ways.result_of("torch", x).double() - exact).abs().max() < 2**-4
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (512, 128), (256, 256), (300, 1024), (768, 3072)])
+@pytest.mark.parametrize("engine", ["composed", "gram"])
+def test_iterates_are_held_as_with_bfloat16_units(shape, engine, native_bf16):
+    native = choose(*shape, torch.device("cpu"), Request(torch.bfloat16, engine))
+    assert native.dtype is torch.bfloat16
+    assert ways.held_recipe(engine, *shape, torch.bfloat16) == native
+
+
+def judged(median, *, quiet=True):
+    return Judged(median, median, median, 3, 0, quiet)
+
+
+def test_foretold_times_stay_out_of_measured_ratios():
+    measured = Result("8x8", {"torch": judged(8.0), "float32": judged(4.0), "auto": judged(2.0)})
+    foretold = Result("4x4", {"float32": judged(4.0), "auto": judged(1.0, quiet=False)}, foretold_ms=1000.0)
+    assert foretold.ratio("auto", "torch") is None and measured.foretold_ratio("auto") is None
+    means = geometric_means([measured, foretold])
+    assert means["torch"]["auto"] == (0.25, 1)
+    assert means["float32"]["auto"] == (pytest.approx(math.sqrt(0.5 * 0.25)), 2)
+    assert means["torch_foretold"]["auto"] == (pytest.approx(0.001), 1)
+    first, second = as_json([measured, foretold])
+    assert first["ratios"]["torch"]["auto"] == 0.25 and first["ratios_to_foretold_torch"] == {}
+    assert second["ratios"] == {"float32": {"float32": 1.0, "auto": 0.25}}
+    assert second["ratios_to_foretold_torch"]["auto"] == 0.001 and "torch" not in second["ms"]
+    table = make_table(foretold)
+    assert list(table.columns[1].cells) == ["~1,000", "4.0", "1.0*"]
+    assert list(table.columns[4].cells) == ["", "~0.0040", "~0.0010"]
+    assert "auto ~0.001 (1)" in summary([measured, foretold])[-1]
+
+
+def test_a_disturbed_sample_is_rejected(monkeypatch):
+    quiet = iter([True, False, True, True, False, True])
+    monkeypatch.setattr("timing._sample", lambda function, device: (function(), next(quiet)))
+    functions = {"a": lambda: 1.0, "b": lambda: 2.0}
+    timings = interleaved(functions, samples=2, limit_s=60, device=torch.device("cpu"))
+    assert timings["a"] == Judged(1.0, 1.0, 1.0, 2, rejected=1, quiet=True)
+    assert timings["b"] == Judged(2.0, 2.0, 2.0, 2, rejected=1, quiet=True)
+    monkeypatch.setattr("timing._sample", lambda function, device: (function(), False))
+    timings = interleaved(functions, samples=2, limit_s=60, device=torch.device("cpu"))
+    assert timings["a"] == Judged(1.0, 1.0, 1.0, 4, rejected=0, quiet=False)
+
+
+@pytest.fixture
+def short_samples(monkeypatch):
+    monkeypatch.setattr(orthogonalize, "_SAMPLE_S", 1e-3)
+    monkeypatch.setattr(orthogonalize, "_REFERENCE", ways.Part(1, 16, 16))
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    return module.main()
+
+
+@pytest.mark.parametrize("limit", [60.0, 1e-9])
+def test_engines_are_timed(limit, tmp_path, monkeypatch, short_samples, capsys):
+    save_momenta(tmp_path / "momenta.safetensors")
+    outputs = ["--json", tmp_path / "found.json", "--picture", tmp_path / "found.png"]
+    arguments = ["--shapes", "8x16", "2x8x8+1x16x8", "--samples", 2, "--device", "cpu", "--limit", limit]
+    monkeypatch.setattr(orthogonalize, "has_native_bf16", lambda device_type: False)
+    run_main(orthogonalize, monkeypatch, *arguments, *outputs, "--momenta", tmp_path / "momenta.safetensors")
+    found = json.loads((tmp_path / "found.json").read_text())
+    alone, pair = found["results"]
+    assert alone["chosen"].keys() == {"8x16"} and pair["chosen"].keys() == {"8x8", "16x8"}
+    engines = {"float32", "composed", "gram", "rational", "auto"}
+    left_out = limit < 1
+    assert alone["ms"].keys() == (engines if left_out else engines | {"torch", "standard"})
+    assert (alone["foretold_torch_ms"] is not None) == ("torch" not in alone["ratios"]) == left_out
+    assert ("~ foretold from its FLOPs: float32 ~" in capsys.readouterr().out) == left_out
+    assert found["geometric_means"]["torch_foretold" if left_out else "torch"]["auto"]["shapes"] == 2
+    assert found["geometric_means"]["torch" if left_out else "torch_foretold"]["auto"]["mean"] is None
+    assert alone["ms"]["auto"]["median"] > 0 and alone["gflops"]["auto"] > 0 and alone["product_gflops"] > 0
+    # the file has matrices of 8 x 16 and none of the others
+    assert alone["accuracy"].keys() == {"gauss", "momenta"} and pair["accuracy"].keys() == {"gauss"}
+    assert 0 < alone["accuracy"]["gauss"]["auto"]["error"] < 0.3
+    assert found["momenta"].keys() == {"8x16", "6x6"}
+    assert (tmp_path / "found.png").stat().st_size > 0
+
+
+def test_whole_steps_are_timed(tmp_path, monkeypatch, short_samples):
+    arguments = ["--shapes", "2x8x16", "--samples", 1, "--step", "--device", "cpu", "--engines", "composed", "auto"]
+    run_main(orthogonalize, monkeypatch, *arguments, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["what"] == "optimizer steps"
+    assert found["results"][0]["ms"].keys() == {"torch", "float32", "composed", "auto"}
+    assert found["results"][0]["accuracy"] == {}
+
+
+def save_momenta(path):
+    from safetensors.torch import save_file
+
+    stack = torch.randn(2, 8, 16)
+    save_file({"step1/stack": stack, "step1/zero": torch.zeros(4, 4), "step2/square": torch.randn(6, 6)}, path)
+    return stack
+
+
+def test_saved_momenta_are_loaded(tmp_path):
+    stack = save_momenta(tmp_path / "momenta.safetensors")
+    found = matrix_families.load_momenta(tmp_path / "momenta.safetensors")
+    assert found.keys() == {"step1/stack[0]", "step1/stack[1]", "step2/square"}
+    assert torch.equal(found["step1/stack[1]"], stack[1])
+    with pytest.raises(ValueError, match="no such file"):
+        matrix_families.load_momenta(tmp_path / "other.safetensors")
+
+
+def test_ill_conditioned_matrices_are_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    stacks = list(matrix_families.ill_conditioned(990, generator, stack=10))
+    assert sum(map(len, stacks)) == 990 and all(torch.isfinite(stack).all() for stack in stacks)
+    largest = torch.cat([stack.abs().amax((1, 2)) for stack in stacks])
+    assert largest.max() > 1e25 and largest[largest > 0].min() < 1e-25
+    conditions = []
+    for stack in stacks:
+        sigma = torch.linalg.svdvals(stack.double() / stack.abs().amax((1, 2), keepdim=True).clamp(min=1e-38))
+        conditions += (sigma[:, -1] / sigma[:, 0]).tolist()
+    # singular ones, ill-conditioned ones that are not, and those of one direction
+    assert sum(value < 1e-7 for value in conditions) > 50
+    assert sum(1e-7 < value < 1e-3 for value in conditions) > 50
+
+
+def contender(name, run, **changes):
+    return dataclasses.replace(accuracy.Contender(name, run, emulated=False), **changes)
+
+
+def test_bars_of_accuracy_are_kept_or_missed():
+    x = torch.randn(16, 24)
+
+    def off(x):
+        u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        return (u + 0.07 * u.roll(1, dims=1)) @ vh
+
+    ways_to_fail = {
+        "high": lambda x: 1.23 * polar_factor(x),
+        "low": lambda x: 0.4 * polar_factor(x),
+        "off": off,
+        "nan": lambda x: polar_factor(x) * math.nan,
+    }
+    found = [contender("exact", polar_factor)] + [contender(name, run) for name, run in ways_to_fail.items()]
+    rows = {row.engine: row for row in accuracy.measure({"gauss": [x, 2 * x]}, found, limit_s=60.0)}
+    assert rows["exact"].passed and rows["exact"].matrices == 2
+    assert rows["exact"].error < 1e-12 and rows["exact"].over_torch < -0.1
+    assert rows["high"].high == pytest.approx(1.23) and rows["low"].under_torch > 0.05
+    assert rows["off"].off == pytest.approx(0.07) and rows["off"].over_torch < 0
+    assert not any(rows[name].passed for name in ways_to_fail)
+    assert accuracy.accuracy_table(list(rows.values())).row_count == 5
+
+
+def test_an_emulated_way_is_left_out_where_it_takes_too_long(monkeypatch):
+    monkeypatch.setattr(accuracy, "has_native_bf16", lambda device_type: False)
+    found = [contender("exact", polar_factor), contender("slow", polar_factor, emulated=True)]
+    (row,) = accuracy.measure({"gauss": [torch.randn(16, 24)]}, found, limit_s=1e-9)
+    assert (row.engine, row.stood_in) == ("exact", 1)
+
+
+def test_scales_and_draws_are_judged():
+    exact = functools.partial(accuracy.robustness, draws=100, device=torch.device("cpu"))
+
+    def safe(x):
+        return polar_factor(x.double() / x.double().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-300))
+
+    good = exact(contender("good", safe))
+    assert good.passed and good.draws == 100 and good.scales < 1e-6 and good.largest == pytest.approx(1.0)
+    assert not exact(contender("large", lambda x: 1.3 * safe(x))).passed
+    assert not exact(contender("nan", lambda x: safe(x) * math.nan)).passed
+    drifting = exact(contender("drifting", lambda x: safe(x) * (1 - 0.1 * (x.abs().max() > 1e6).double())))
+    assert not drifting.passed and drifting.finite and drifting.largest <= 1.0 + 1e-9
+    assert exact(contender("torch", safe, any_scale=False)).scales is None
+
+
+def test_the_table_of_accuracy(tmp_path, monkeypatch, capsys):
+    save_momenta(tmp_path / "saved.safetensors")
+    arguments = ["--shapes", "16x32", "--seeds", 0, "--draws", 50, "--device", "cpu", "--json", tmp_path / "found.json"]
+    chosen = ["--engines", "standard", "rational", "--momenta", tmp_path / "saved.safetensors"]
+    assert run_main(accuracy, monkeypatch, *arguments, *chosen) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["family"] for row in found["rows"]} >= {"gauss", "power_law", "saved"}
+    assert {row["engine"] for row in found["robustness"]} == {"standard", "rational"}
+    assert "All bars hold." in capsys.readouterr().out
+    monkeypatch.setattr(accuracy, "HIGH", 0.5)
+    assert run_main(accuracy, monkeypatch, *arguments, *chosen) == 1
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A run of the trainer of a second, on words of its own."""
+    words = torch.randint(97, 105, (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "words.txt").write_text("".join(" " if word == 97 else chr(word) for word in words))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    tree = {
+        "model": {
+            "type": "llama",
+            "config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **heads},
+        },
+        "data": {"source": str(tmp_path / "words.txt"), "sequence_length": 16, "cache_dir": str(tmp_path / "cache")},
+        "optim": {"lr": 3e-3},
+        "train": {"steps": 6, "global_batch_tokens": 64, "device_batch": 4, "eval_tokens": 64, "device": "cpu"},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_momenta_of_a_run_are_saved(tiny_config, tmp_path, monkeypatch):
+    out = tmp_path / "momenta.safetensors"
+    run_main(momenta, monkeypatch, "--config", tiny_config, "--steps", 1, "end", "--out", out)
+    found = matrix_families.load_momenta(out)
+    names = {name.split("/", 1)[1] for name in found}
+    assert len(names) == 7 and len(found) == 14
+    assert {tuple(value.shape) for value in found.values()} == {(16, 16), (32, 16), (16, 32)}
+    for name in names:
+        first, last = found[f"step1/{name}"], found[f"step6/{name}"]
+        # 0.05 of one gradient, whose global norm is clipped at 1, and of six
+        assert 0 < first.norm() <= 0.0501 and not torch.equal(first, last) and last.norm() < 0.3
+    config = momenta.load_config(str(tiny_config))
+    with pytest.raises(ValueError, match=r"steps=\[9\]"):
+        momenta.collect(config, [9])
+    wide = momenta.widened(config, 128, 2).model.config
+    assert (wide["hidden_size"], wide["intermediate_size"], wide["num_attention_heads"]) == (128, 512, 2)
+
+
+def test_every_engine_at_one_seed_and_one_engine_at_every_seed():
+    runs = engine_losses.plan("c.yaml", ["composed", "auto"], [3, 4], "auto", steps=5, emulated=False)
+    assert [(run.engine, run.seed) for run in runs] == [("composed", 3), ("auto", 3), ("auto", 4)]
+    losses = {("composed", 3): 1.0, ("auto", 3): 1.5, ("auto", 4): 3.5}
+    outcomes = [Outcome(*pair, "bfloat16", loss, 1.0, [(10, loss)]) for pair, loss in losses.items()]
+    engines, seeds = spreads(outcomes, seed=3, engine="auto")
+    assert engines.losses == {"composed": 1.0, "auto": 1.5} and engines.range == 0.5
+    assert seeds.losses == {"3": 1.5, "4": 3.5} and seeds.deviation == pytest.approx(math.sqrt(2))
+    twin = dataclasses.replace(outcomes[1], engine="gram", ns_dtype="float32")
+    assert [names for names, _ in same_curves([*outcomes[:2], twin])] == ["composed", "auto = gram (float32)"]
+
+
+def test_losses_of_engines(tiny_config, tmp_path, monkeypatch):
+    pools = []
+
+    class Here:
+        """Runs in this process, whose imports are done."""
+
+        def __init__(self, *arguments, **settings):
+            pools.append(self)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+        def submit(self, function, *arguments):
+            from concurrent.futures import Future
+
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(engine_losses, "ProcessPoolExecutor", Here)
+    outputs = ["--json", tmp_path / "found.json", "--picture", tmp_path / "found.png", "--out", tmp_path / "runs"]
+    chosen = ["--config", tiny_config, "--engines", "standard", "rational", "--seeds", 0, 1, "--seeds-of", "rational"]
+    run_main(engine_losses, monkeypatch, *chosen, *outputs)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["engine"], run["seed"]) for run in found["runs"]] == [
+        ("standard", 0),
+        ("rational", 0),
+        ("rational", 1),
+    ]
+    standard, rational, other_seed = (run["loss"] for run in found["runs"])
+    assert len({standard, rational, other_seed}) == 3 and abs(standard - rational) < 0.5
+    assert found["over_engines"]["range"] == pytest.approx(abs(standard - rational))
+    assert found["steps"] == 6 and len(found["runs"][0]["curve"]) == 6
+    assert (tmp_path / "found.png").stat().st_size > 0
+    # finished runs are read and not trained again
+    monkeypatch.setattr(engine_losses, "train", None)
+    run_main(engine_losses, monkeypatch, *chosen, *outputs)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
 @pytest.mark.slow
