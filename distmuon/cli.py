@@ -68,7 +68,14 @@ def _check(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _calibrate(arguments: Sequence[str]) -> int:
+    from distmuon.calibrating.command import run_command
+
+    return run_command(arguments)
+
+
 COMMANDS = {
+    "calibrate": Command(_calibrate, "measure how fast the engines are on this machine"),
     "check": Command(_check, "prove that the sharded update of your model is the single-device one"),
     "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
     "tokenize": Command(_tokenize, "turn text into shards of tokens, once for many runs"),

@@ -12,10 +12,18 @@ import distmuon
 PACKAGE = pathlib.Path(distmuon.__file__).parent
 # What a room must not import: see CONTRIBUTING.md
 FORBIDDEN = {
-    "numerics": ("distmuon.plan", "distmuon.comm", "distmuon.muon", "distmuon.pretrain", "torch.distributed"),
+    "numerics": (
+        "distmuon.plan",
+        "distmuon.comm",
+        "distmuon.muon",
+        "distmuon.pretrain",
+        "distmuon.calibrating",
+        "torch.distributed",
+    ),
     "plan": ("distmuon.numerics", "distmuon.comm", "distmuon.muon", "distmuon.pretrain", "torch"),
     "comm": ("distmuon.numerics", "distmuon.muon", "distmuon.pretrain"),
-    "": ("distmuon.pretrain", "transformers", "datasets", "accelerate"),
+    "calibrating": ("distmuon.plan", "distmuon.comm", "distmuon.muon", "distmuon.pretrain", "torch.distributed"),
+    "": ("distmuon.pretrain", "distmuon.calibrating", "transformers", "datasets", "accelerate"),
 }
 
 

@@ -3,8 +3,9 @@
     seconds = fixed + big * B s^2 l + small * S s^3 + entries * s l + square * s^2
 
 for a matrix of short side ``s`` and long side ``l`` that takes ``B`` products of ``s x s`` by ``s x l`` and ``S`` of
-``s x s`` by ``s x s`` (:class:`distmuon.numerics.recipe.Recipe` counts them). ``distmuon calibrate`` fits the five
-numbers on the machine at hand; the built-in tables are of :mod:`distmuon.numerics.tables`.
+``s x s`` by ``s x s`` (:class:`distmuon.numerics.recipe.Recipe` counts them). In a batch, where one call serves many
+matrices, ``batched`` takes the place of ``fixed``. ``distmuon calibrate`` fits the numbers on the machine at hand; the
+built-in tables are of :mod:`distmuon.numerics.tables`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ class Rates:
     """Seconds; none is negative.
 
     Attributes:
-        fixed: For a matrix, whatever its size.
+        fixed: For a matrix on its own, whatever its size.
         big: For a multiply-add of a product of ``s x s`` by ``s x l``.
         small: For a multiply-add of a product of ``s x s`` by ``s x s``.
         entries: For an entry of the matrix.
         square: For an entry of a square of its short side.
+        batched: For a matrix in a batch, whatever its size; None: as ``fixed``.
     """
 
     fixed: float
@@ -35,17 +37,19 @@ class Rates:
     small: float
     entries: float = 0.0
     square: float = 0.0
+    batched: float | None = None
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            if not (math.isfinite(value) and value >= 0.0):
+            if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{key}={value}: seconds are finite and not negative.")
 
-    def seconds(self, rows: int, cols: int, *, big: int, small: int) -> float:
+    def seconds(self, rows: int, cols: int, *, big: int, small: int, batched: bool = False) -> float:
         """Time of one ``rows x cols`` matrix that takes so many products."""
         short, long = sorted((rows, cols))
         products = big * short**2 * long * self.big + small * short**3 * self.small
-        return self.fixed + products + short * long * self.entries + short**2 * self.square
+        fixed = self.batched if batched and self.batched is not None else self.fixed
+        return fixed + products + short * long * self.entries + short**2 * self.square
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ class CostTable:
         """The rates of ``engine``; those of the first one where it was not measured, which is right to a factor."""
         return dict(self.engines).get(engine, self.engines[0][1])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON."""
+    def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
+        """Write the table as JSON, with other keys beside it that :meth:`load` does not look at."""
         found = {"device": self.device, "source": self.source, "engines": {k: asdict(v) for k, v in self.engines}}
+        found |= notes
         pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
     @classmethod

@@ -80,7 +80,8 @@ class Recipe:
 
     def seconds(self, rows: int, cols: int, table: CostTable) -> float:
         """Predicted time of one matrix."""
-        return table.rates(self.engine).seconds(rows, cols, big=self.big, small=self.small)
+        rates = table.rates(self.engine)
+        return rates.seconds(rows, cols, big=self.big, small=self.small, batched=self.batched)
 
 
 @dataclass(frozen=True)

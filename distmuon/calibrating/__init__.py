@@ -1,0 +1,1 @@
+"""How fast is this machine? Measured, fitted to the cost table, its error told (``distmuon calibrate``)."""

@@ -1,0 +1,59 @@
+"""The table that ``distmuon calibrate`` prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+
+from distmuon.calibrating.fit import Errors
+from distmuon.calibrating.measure import Timing
+from distmuon.calibrating.shapes import Shape
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.recipe import Request, choose
+
+# Median rounds this much slower than the fastest ones tell of other work on the machine
+_RESTLESS = 0.25
+
+
+def report(
+    timings: Sequence[Timing],
+    held_out: Collection[Shape],
+    table: CostTable,
+    found: Mapping[str, Errors],
+    device: torch.device,
+) -> str:
+    """Milliseconds by shape and engine, the winners, and the errors of the fit.
+
+    Args:
+        timings: Of all engines and shapes.
+        held_out: Shapes that were not fitted.
+        table: The fit.
+        found: Its errors on the shapes held out, by engine.
+        device: What was measured.
+    """
+    engines = list(found)
+    lines = ["", "".join(f"{title:>12}" for title in ("ms a matrix", *engines, "fastest", "chosen"))]
+    losses = []
+    for shape, seconds in _by_shape(timings, engines):
+        mark = "*" if shape in held_out else " "
+        cells = [f"{seconds[engine] * 1e3:.3f}" if engine in seconds else "-" for engine in engines]
+        fastest = min(seconds, key=lambda engine: seconds[engine])
+        chosen = choose(*shape, device, Request(torch.bfloat16), table).engine
+        if chosen in seconds:
+            losses.append(seconds[chosen] / seconds[fastest] - 1.0)
+        lines.append(f"{f'{shape[0]} x {shape[1]}{mark}':>12}" + "".join(f"{c:>12}" for c in (*cells, fastest, chosen)))
+    lines += ["* held out of the fit; on these shapes predictions are off by", ""]
+    lines += [f"{e:>12}: {x.median:.0%} at the median, {x.worst:.0%} at worst ({x.shapes})" for e, x in found.items()]
+    if losses and len(engines) > 1:
+        lines += ["", f"What auto chooses by this table takes at most {max(losses):.0%} longer than the fastest."]
+    spread = statistics.median(timing.spread for timing in timings)
+    if spread > _RESTLESS:
+        lines.append(f"Times differed by {spread:.0%} between rounds: run this again when the machine is idle.")
+    return "\n".join(lines)
+
+
+def _by_shape(timings: Sequence[Timing], engines: Sequence[str]) -> Iterator[tuple[Shape, dict[str, float]]]:
+    for shape in dict.fromkeys(timing.shape for timing in timings if timing.engine in engines):
+        yield shape, {t.engine: t.seconds for t in timings if t.shape == shape and t.engine in engines}
