@@ -102,38 +102,13 @@ DEFINITIONS: dict[str, Definition] = {
         tolerance=6e-6,
         decimals=True,
     ),
-    # the stages without e were solved to 2e-5 only, and then rounded to 6 digits
     "nested14": Definition(
-        _ours("9, 9, 3, 9", "1.315e-3"),
-        Greedy((9, 9, 3, 9), 1.315e-3, 1.01, cushions=(0.02,), margin=1.01, with_e=(3,)),
-        tolerance=3e-5,
-    ),
-    "nested13": Definition(
-        _ours("9, 9, 5, 3", "1.93e-3"),
-        Greedy((9, 9, 5, 3), 1.93e-3, 1.01, cushions=(0.02,), margin=1.01),
-        tolerance=3e-5,
-    ),
-    "gram28": Definition(
-        _ours("5, 9, 5, 9", "1.246e-3"),
-        Greedy((5, 9, 5, 9), 1.246e-3, 1.01, cushions=(0.02,), margin=1.01, with_e=(3,)),
-        tolerance=3e-5,
-    ),
-    "gram27": Definition(
-        _ours("5, 9, 9, 3", "1.933e-3"),
-        Greedy((5, 9, 9, 3), 1.933e-3, 1.01, cushions=(0.02,), margin=1.01),
-        tolerance=3e-5,
-    ),
-    "bfloat14": Definition(
         _rounded("9, 9, 3, 9", "1.2e-3", "2^-9 (bfloat16)"),
         Greedy((9, 9, 3, 9), 1.2e-3, 1.01, roundoff=2.0**-9, with_e=(3,)),
     ),
-    "bfloat13": Definition(
+    "nested13": Definition(
         _rounded("5, 9, 3, 9", "1.9e-3", "2^-9 (bfloat16)"),
         Greedy((5, 9, 3, 9), 1.9e-3, 1.01, roundoff=2.0**-9, with_e=(3,)),
-    ),
-    "half14": Definition(
-        _rounded("9, 9, 3, 9", "1.3e-3", "2^-11 (float16)"),
-        Greedy((9, 9, 3, 9), 1.3e-3, 1.01, roundoff=2.0**-11, with_e=(3,)),
     ),
     "rational2": Definition("Minimax with two poles and a linear term on [1.5e-3, 1].", rational=(1.5e-3, 2)),
     "rational3": Definition("Minimax with three poles and a linear term on [1.5e-3, 1].", rational=(1.5e-3, 3)),

@@ -26,7 +26,6 @@ TORCH, FLOAT32 = "torch", "float32"
 # Defaults of torch.optim.Muon
 _QUINTIC, _STEPS, _EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 # Gram matrices of fewer rows are not linked in bfloat16: distmuon.numerics.recipe, held by tests/test_benchmarks.py
-_LINKED_ROWS = 256
 
 _ALIASES = {"gpt2_pair": "8x768x768+2x3072x768+2x768x3072"}
 
@@ -117,10 +116,10 @@ def held_recipe(engine: str, rows: int, cols: int, held: torch.dtype) -> Recipe:
     """
     recipe = choose(rows, cols, torch.device("cpu"), Request(torch.bfloat16, engine))
     restarts = recipe.restarts
-    if held is torch.bfloat16 and min(rows, cols) < _LINKED_ROWS:
+    if held is torch.bfloat16:
         restarts = tuple(range(len(recipe.formula)))  # type: ignore[arg-type]
     return dataclasses.replace(
-        recipe, dtype=held, restarts=restarts, products=Whole(), batched=False, one_thread=min(rows, cols) <= 768
+        recipe, dtype=held, restarts=restarts, products=Whole(), batched=False, one_thread=max(rows, cols) <= 1024
     )
 
 

@@ -184,7 +184,7 @@ def all_bfloat16(lower, upper):
     return numbers[(numbers >= float(lower)) & (numbers <= float(upper))]
 
 
-@pytest.mark.parametrize("name", ["bfloat14", "bfloat13"])
+@pytest.mark.parametrize("name", ["nested14", "nested13"])
 def test_stages_made_for_bfloat16_stay_in_their_intervals_in_bfloat16(name):
     steps = derive(tool.DEFINITIONS[name].greedy)
     for step in steps:

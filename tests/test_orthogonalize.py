@@ -70,7 +70,7 @@ def test_a_matrix_comes_out_the_same_in_any_company(shape, engine):
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (90, 70), (300, 260), (130, 520)])
-@pytest.mark.parametrize("table", ["quintic", "polar_express", "nested14", "gram28"])
+@pytest.mark.parametrize("table", ["quintic", "polar_express", "nested14", "nested13"])
 def test_engines_agree_in_float64(shape, table):
     x = torch.randn(2, *shape, dtype=torch.float64)
     expected = orthogonalize(x, engine="standard", coefficients=table)

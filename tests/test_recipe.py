@@ -95,7 +95,7 @@ def test_files_that_are_no_table(tmp_path, text, what):
 
 
 def test_products_are_counted():
-    """FLOPs of the documentation: five quintic steps 10 + 5, nested14 8 + 6, gram28 4 + 12."""
+    """FLOPs of the documentation: five quintic steps 10 + 5, nested14 8 + 6, in the Gram form 4 + 12."""
     found = {name: on_cpu(512, 512, engine=name) for name in ("standard", "composed", "gram", "rational")}
     assert (found["standard"].big, found["standard"].small) == (10, 5)
     assert (found["composed"].big, found["composed"].small) == (8, 6)
@@ -111,7 +111,7 @@ def test_seconds_follow_the_formula():
 def test_what_each_engine_runs_by_itself():
     assert on_cpu(100, 100, engine="standard").formula == recipes.resolve_stages("quintic")
     assert on_cpu(100, 100, engine="composed").formula == recipes.resolve_stages("nested14")
-    assert on_cpu(100, 100, engine="gram").formula == recipes.resolve_stages("gram28")
+    assert on_cpu(100, 100, engine="gram").formula == recipes.resolve_stages("nested14")
     assert on_cpu(100, 100, engine="rational").formula == RATIONALS["rational2"]
 
 
@@ -154,12 +154,11 @@ def test_precision_on_a_cpu_without_bfloat16_units(monkeypatch):
 def test_precision_on_a_cpu_with_bfloat16_units(native_bf16):
     assert on_cpu(300, 300, engine="composed").dtype is torch.bfloat16
     assert on_cpu(300, 300, engine="rational").dtype is torch.float32
-    # small matrices are not linked, their Gram matrices being too noisy
-    assert on_cpu(200, 900, engine="gram").restarts == (0, 1, 2, 3)
-    assert on_cpu(300, 900, engine="gram").restarts == (0, 2)
+    # Gram matrices in bfloat16 are too noisy to go on with
+    assert on_cpu(300, 900, engine="gram").restarts == (0, 1, 2, 3)
     # batches of bfloat16 products differ from single ones
     assert not on_cpu(8, 8, engine="composed").batched
-    assert on_cpu(768, 3072, engine="composed").one_thread and not on_cpu(1024, 1024, engine="composed").one_thread
+    assert on_cpu(768, 768, engine="composed").one_thread and not on_cpu(768, 3072, engine="composed").one_thread
 
 
 def test_products_by_size_on_a_cpu():

@@ -35,8 +35,8 @@ class CoefficientTable:
         more_steps: What steps past the table do: ``"repeat_last"`` repeats the last stage, ``"error"``
             raises, since the stages were optimized together for exactly this length.
         prefix: Whether fewer steps than stages are allowed (each stage was optimized greedily).
-        restarts: Stages at which the Gram form makes its Gram matrix anew, where these were chosen with the
-            stages; None: see :func:`default_restarts`.
+        restarts: Stages at which the Gram form makes its Gram matrix anew in float16 or wider, where these were
+            tested with the stages; None: see :func:`default_restarts`.
     """
 
     stages: tuple[Stage, ...]
@@ -79,6 +79,11 @@ _CANS = (
     (3.9619, -2.9541, 0.5630),
     (3.2866, -2.4647, 0.5074),
     (2.2737, -1.6447, 0.4162),
+)
+
+_NESTED = (
+    "this project: greedy minimax stages of degree {}, l = {}, each on an interval that allows for the rounding of the "
+    "one before to bfloat16 (docs/orthogonalization.md)"
 )
 
 TABLES: dict[str, CoefficientTable] = {
@@ -128,49 +133,26 @@ TABLES: dict[str, CoefficientTable] = {
     ),
     "nested14": CoefficientTable(
         stages=(
-            (12.5959, -1.19094, 183.832, 94.3909, 0.0),
-            (7.90238, -3.59994, 1.44727, 6.70213, 0.0),
-            (2.26427, -0.591464),
-            (3.55081, -3.6503, 0.322672, 1.77826, -0.210848),
+            (14.751735991540153, -1.1736313037362134, 246.65048800089605, 120.38262295903928, 0.0),
+            (6.679757894339768, -5.02959777825415, 0.32092871350946484, 2.9013618301387436, 0.0),
+            (2.20105937192738, -0.5303558529820639),
+            (3.7313434443458715, -3.659842265080706, 0.3594401725021183, 1.9546420752923812, -0.20534677456360698),
         ),
-        source="this project: greedy Remez stages of degree 9, 9, 3, 9 (docs/orthogonalization.md)",
+        source=_NESTED.format("9, 9, 3, 9", "1.2e-3"),
         more_steps="error",
         prefix=False,
+        restarts=(0, 2),
     ),
     "nested13": CoefficientTable(
         stages=(
-            (12.5959, -1.19094, 183.832, 94.3909, 0.0),
-            (7.60191, -3.61301, 1.34621, 6.3129, 0.0),
-            (3.04984, -2.24475, 0.467854),
-            (1.67759, -0.515537),
+            (8.280135547258539, -23.95808664070708, 17.404176264776147),
+            (6.968823748847387, -4.674152032256683, 0.4501722690896928, 3.5121011290914277, 0.0),
+            (2.216833077212073, -0.5315212231564308),
+            (3.8391629850215927, -3.7096757439427757, 0.3662803209584714, 2.0227297031103926, -0.1975217547409781),
         ),
-        source="this project: greedy Remez stages of degree 9, 9, 5, 3 (docs/orthogonalization.md)",
+        source=_NESTED.format("5, 9, 3, 9", "1.9e-3"),
         more_steps="error",
         prefix=False,
-    ),
-    "gram28": CoefficientTable(
-        stages=(
-            (7.63462, -21.4634, 15.4601),
-            (7.77551, -4.00808, 0.943995, 5.39164, 0.0),
-            (3.65245, -2.68056, 0.515433),
-            (3.69242, -3.72724, 0.330068, 1.86251, -0.199936),
-        ),
-        source="this project: greedy Remez stages of degree 5, 9, 5, 9 for the Gram form (docs/orthogonalization.md)",
-        more_steps="error",
-        prefix=False,
-        restarts=(0, 2),
-    ),
-    "gram27": CoefficientTable(
-        stages=(
-            (7.63462, -21.4634, 15.4601),
-            (7.57687, -4.01692, 0.900852, 5.18506, 0.0),
-            (5.05276, -4.43275, 0.322022, 2.41519, 0.0),
-            (1.67653, -0.515398),
-        ),
-        source="this project: greedy Remez stages of degree 5, 9, 9, 3 for the Gram form (docs/orthogonalization.md)",
-        more_steps="error",
-        prefix=False,
-        restarts=(0, 2),
     ),
 }
 
@@ -181,18 +163,14 @@ MAX_STEPS = 99
 def default_restarts(stages: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Where the Gram form begins anew with stages that were not made for it.
 
-    Small products square what rounding did to the smallest eigenvalues. bfloat16 bears one after another, and
-    none after the first stage, the steepest (Dao-AILab/gram-newton-schulz restarts float16 once, after the second).
+    Small products square what rounding did to the smallest eigenvalues, and 16 bits do not bear that for
+    polynomials that are steep beyond their interval: nearly diagonal matrices were seen to diverge.
 
     Args:
         stages: Their number.
         dtype: Of the iterates.
     """
-    if dtype is torch.bfloat16:
-        return (0, *range(1, stages, 2))
-    if dtype is torch.float16:
-        return (0, 2) if stages > 2 else (0,)
-    return (0,)
+    return tuple(range(stages)) if dtype.itemsize < 4 else (0,)
 
 
 def resolve_stages(coefficients: Coefficients, steps: int | None = None) -> tuple[Stage, ...]:

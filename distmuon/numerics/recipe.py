@@ -28,17 +28,16 @@ ENGINES = ("auto", "standard", "composed", "gram", "rational", EXTERNAL)
 # These run no batches of products of ours that torch.compile could take
 NOT_COMPILED = ("standard", "rational", EXTERNAL)
 # What an engine runs when nothing else is asked for
-_DEFAULTS = {"standard": "quintic", "composed": "nested14", "gram": "gram28", "rational": "rational2"}
+_DEFAULTS = {"standard": "quintic", "composed": "nested14", "gram": "nested14", "rational": "rational2"}
 _DEFAULTS[EXTERNAL] = "polar_express"
 
 # Below, measured on CPUs (docs/orthogonalization.md). Rows up to which matrices are multiplied in batches, and rows up
 # to which each has one thread: more would wait for each other. bfloat16 products up to 1024 rows have one anyway.
 _BATCHED_ROWS = 64
-_ONE_THREAD_ROWS = {False: 384, True: 768}
+_ONE_THREAD_ROWS = 384
+_ONE_THREAD_ROWS_16_BIT = 1024
 # bfloat16 units are so fast that strips pay for large matrices alone
 _STRIPS_NUMEL = {False: 1, True: 2048 * 8192}
-# Gram matrices of fewer rows are too noisy in bfloat16 to go on with
-_LINKED_ROWS = 256
 # Mirrored kernels beat whole products from here on (H800, flash-muon's README)
 _KERNEL_ROWS = 2048
 
@@ -161,7 +160,7 @@ def _recipe(rows: int, cols: int, device: torch.device, request: Request, engine
     short = min(rows, cols)
     cpu, alone = device.type == "cpu", engine == "standard"
     held = _iterate_dtype(engine, request.dtype, device)
-    formula, restarts = _formula(request, engine, short, held)
+    formula, restarts = _formula(request, engine, held)
     small = short <= _BATCHED_ROWS and held.itemsize >= 4
     batched = not alone and (not cpu or request.compile or small or engine == EXTERNAL)
     products: Products = Whole()
@@ -169,11 +168,18 @@ def _recipe(rows: int, cols: int, device: torch.device, request: Request, engine
         products = Strips()
     elif engine in ("composed", "gram") and not cpu and not request.compile and short >= _KERNEL_ROWS:
         products = Kernels() if available(device) else Whole()
-    one_thread = cpu and not batched and not alone and short <= _ONE_THREAD_ROWS[held.itemsize < 4]
+    one_thread = cpu and not batched and not alone and _fits_one_thread(short, max(rows, cols), held)
     return Recipe(engine, formula, restarts, held, products, batched, one_thread)
 
 
-def _formula(request: Request, engine: str, short: int, held: torch.dtype) -> tuple[Formula, tuple[int, ...]]:
+def _fits_one_thread(short: int, long: int, held: torch.dtype) -> bool:
+    """Whether a matrix would gain little from a second thread."""
+    if held.itemsize < 4:
+        return long <= _ONE_THREAD_ROWS_16_BIT
+    return short <= _ONE_THREAD_ROWS
+
+
+def _formula(request: Request, engine: str, held: torch.dtype) -> tuple[Formula, tuple[int, ...]]:
     """What is run, and where the Gram matrix is made anew."""
     coefficients, steps = request.coefficients, request.steps
     if coefficients == "auto":
@@ -184,7 +190,7 @@ def _formula(request: Request, engine: str, short: int, held: torch.dtype) -> tu
     if rational is not None:
         return rational, (0,)
     stages = resolve_stages(coefficients, steps)  # type: ignore[arg-type]
-    restarts = _restarts(request, engine, coefficients, len(stages), short, held)
+    restarts = _restarts(request, engine, coefficients, len(stages), held)
     return stages if request.safety is None else with_safety(stages, request.safety), restarts
 
 
@@ -229,7 +235,7 @@ def _iterate_dtype(engine: str, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def _restarts(
-    request: Request, engine: str, coefficients: Coefficients, stages: int, short: int, held: torch.dtype
+    request: Request, engine: str, coefficients: Coefficients, stages: int, held: torch.dtype
 ) -> tuple[int, ...]:
     if engine not in ("gram", EXTERNAL):
         return tuple(range(stages))
@@ -239,9 +245,9 @@ def _restarts(
         if not asked or asked[0] != 0 or asked[-1] >= stages or not ascending:
             raise ValueError(f"restarts={asked}: give ascending numbers of stages from 0 to {stages - 1}, 0 first.")
         return asked
-    if held is torch.bfloat16 and short < _LINKED_ROWS:
-        return tuple(range(stages))
-    table = TABLES[coefficients] if isinstance(coefficients, str) else None
-    if table is not None and table.restarts is not None:
+    if engine == EXTERNAL:
+        return (0, 2)
+    table = TABLES.get(coefficients) if isinstance(coefficients, str) else None
+    if table is not None and table.restarts is not None and held is not torch.bfloat16:
         return table.restarts
     return default_restarts(stages, held)

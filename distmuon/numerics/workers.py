@@ -21,9 +21,13 @@ def spread(function: Callable[[T], object], items: Sequence[T]) -> None:
         Exception: the first that ``function`` raises.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        for item in items:
-            function(item)
+    if threads == 1 or len(items) == 1:
+        torch.set_num_threads(1)
+        try:
+            for item in items:
+                function(item)
+        finally:
+            torch.set_num_threads(threads)
         return
     grad = torch.is_grad_enabled()
 

@@ -171,7 +171,7 @@ def unreduced_gradient_on_one_rank():
         (another_dtype, "ValueError: rank 0: parameter 'w0' has the dtype float32 on rank 0 and bfloat16 on rank 1"),
         (one_parameter_less, "ValueError: rank 0: parameter 'w2' of shape (4, 6) is on rank 0, shared by ranks (0, 1)"),
         (another_momentum, "ValueError: rank 0: parameter 'w0' has the settings muon, momentum=0.9"),
-        (another_bucket_size, "ValueError: rank 0: (bucket_bytes, ns_dtype, ns_engine, wire_dtype, foreach, compile, replicas) are (1024"),
+        (another_bucket_size, "ValueError: rank 0: (bucket_bytes, ns_dtype, ns_engine, wire_dtype, foreach, compile, "),
         (another_group, "ValueError: rank 0: parameter 'w1' has the group 1 on rank 0 and 0 on rank 1"),
         (missing_gradient_on_one_replica, "ValueError: parameter 'w1' is replicated, and ranks [0] have its gradient"),
         (a_layout_that_is_no_shard, "ValueError: rank 1: parameter 'w' has the placements (Partial(sum),)"),
