@@ -86,7 +86,7 @@ class Muon(Optimizer):
         foreach: False updates one tensor at a time, with the operations of :class:`torch.optim.Muon` and
             :class:`torch.optim.AdamW` in their order: the same bits, at their speed.
         fused: Use torch's fused AdamW kernels.
-        compile: Run Newton-Schulz through :func:`torch.compile`.
+        compile: Run Newton-Schulz through :func:`torch.compile`; ``"reduce-overhead"`` with CUDA graphs.
         bucket_bytes: Bound of the matrices, in ``wire_dtype``, that one rank orthogonalizes together.
             Temporary memory is a few times this, or one matrix where a matrix is larger.
         mesh: A DeviceMesh or process group over which plain parameters are replicated, so that its ranks
@@ -131,7 +131,7 @@ class Muon(Optimizer):
         cost_table: CostTable | str | os.PathLike[str] | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         bucket_bytes: int = 64 << 20,
         mesh: Mesh | None = None,
         wire_dtype: torch.dtype | None = None,

@@ -33,7 +33,7 @@ class Options:
     cost_table: CostTable | None
     foreach: bool | None
     fused: bool | None
-    compile: bool
+    compile: bool | str
     bucket_bytes: int
     wire_dtype: torch.dtype
     replicas: str
@@ -58,7 +58,9 @@ class Options:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
         if self.compile and (not self.batched or self.ns_engine in NOT_COMPILED):
             engine = "foreach=False" if not self.batched else f"ns_engine={self.ns_engine!r}"
-            raise ValueError(f"compile=True and {engine} exclude each other: batches of products are what is compiled.")
+            raise ValueError(
+                f"compile={self.compile!r} and {engine} exclude each other: batches of products are what is compiled."
+            )
         if self.fused and self.foreach is not None:
             raise ValueError(f"fused=True and foreach={self.foreach} exclude each other: leave foreach out.")
 

@@ -1,3 +1,4 @@
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -12,6 +13,8 @@ from distmuon.numerics.coefficients import TABLES
 from distmuon.numerics.polar import polar_factor
 from distmuon.numerics.rationals import RATIONALS, Rational
 from distmuon.numerics.workers import spread
+
+orthogonalizing = importlib.import_module("distmuon.numerics.orthogonalize")
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -233,6 +236,29 @@ def test_compiled_matches(engine):
 def test_what_is_no_matrix_is_an_error(x, error, message):
     with pytest.raises(error, match=message):
         orthogonalize(x)
+
+
+def test_where_compiling_fails_batches_run_as_they_are(monkeypatch, caplog):
+    def broken(function, **keywords):
+        assert keywords["mode"] == "reduce-overhead"
+
+        def fail(*args):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    x = torch.randn(3, 16, 24)
+    expected = orthogonalize(x, engine="composed")
+    orthogonalizing._compiled.cache_clear()
+    try:
+        for _ in range(2):
+            assert torch.equal(orthogonalize(x, compile="reduce-overhead", engine="composed"), expected)
+    finally:
+        orthogonalizing._compiled.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "compile='reduce-overhead' is switched off, as torch.compile failed: no compiler here"
+    ]
 
 
 @pytest.mark.parametrize("engine", ["standard", "rational"])

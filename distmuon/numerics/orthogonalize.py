@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from distmuon.numerics.rationals import Rational
 from distmuon.numerics.recipe import EXTERNAL, NOT_COMPILED, Coefficients, Recipe, Request, choose
 from distmuon.numerics.workers import spread
 
+logger = logging.getLogger("distmuon")
+
 # On an accelerator a batch is bounded for memory only: a float32 copy and Gram matrices are held beside it
 _DEVICE_BATCH_ELEMENTS = 1 << 28
 
@@ -32,7 +35,7 @@ def orthogonalize(
     dtype: torch.dtype | None = None,
     safety: float | None = None,
     restarts: Sequence[int] | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     table: CostTable | None = None,
 ) -> Tensor:
     r"""Approximate the polar factor ``U V^T`` of each matrix ``U S V^T`` in ``x``.
@@ -65,7 +68,8 @@ def orthogonalize(
             None: 1.01 for ``"polar_express"`` and ``"cans"``, 1 for others, whose intervals have 1 % of room.
         restarts: Stages at which ``"gram"`` makes its Gram matrix anew, ascending from 0; None: chosen with the
             coefficients, or by dtype (:func:`distmuon.numerics.coefficients.default_restarts`).
-        compile: Run batches through :func:`torch.compile`.
+        compile: Run batches through :func:`torch.compile`; a string is its mode, ``"reduce-overhead"`` for CUDA graphs.
+            Where it fails there is a warning, and batches run as they are.
         table: Speed of the engines, from ``distmuon calibrate``; None: the built-in one of the device.
 
     Returns:
@@ -89,7 +93,7 @@ def orthogonalize(
 
 
 @torch.no_grad()
-def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype, compile: bool = False) -> Tensor:
+def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype, compile: bool | str = False) -> Tensor:
     """Replace each matrix of ``x`` by its approximate polar factor, with a workspace of a few matrices.
 
     Args:
@@ -97,7 +101,7 @@ def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype,
         recipe: How.
         eps: Smallest Frobenius norm.
         dtype: Dtype that matrices are rounded to first.
-        compile: Run batches through :func:`torch.compile`.
+        compile: See :func:`orthogonalize`.
 
     Returns:
         ``x``.
@@ -114,7 +118,7 @@ def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype,
             matrix.copy_(iterate(normal.to(recipe.dtype), recipe))
 
     if recipe.batched:
-        run = _compiled_iterate() if compile else iterate
+        run = _compiled(compile) if compile else iterate
         for part in matrices.split(_batch_size(matrices[0], recipe.dtype)):
             part.copy_(run(normalize(part.to(dtype), eps).to(recipe.dtype), recipe))
     elif recipe.one_thread:
@@ -156,9 +160,22 @@ def _batch_size(matrix: Tensor, held: torch.dtype) -> int:
 
 
 @functools.cache
-def _compiled_iterate() -> Callable[[Tensor, Recipe], Tensor]:
+def _compiled(mode: bool | str) -> Callable[[Tensor, Recipe], Tensor]:
     # dynamic: one graph for all shapes, where one a shape would run into the recompilation limit
-    return torch.compile(iterate, dynamic=True)
+    compiled = torch.compile(iterate, dynamic=True, mode=mode if isinstance(mode, str) else None)
+    works = True
+
+    def run(x: Tensor, recipe: Recipe) -> Tensor:
+        nonlocal works
+        if works:
+            try:
+                return compiled(x, recipe)
+            except RuntimeError as error:
+                works = False
+                logger.warning("compile=%r is switched off, as torch.compile failed: %s", mode, error)
+        return iterate(x, recipe)
+
+    return run
 
 
 def _check_input(x: Tensor) -> None:

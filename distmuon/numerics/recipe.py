@@ -108,7 +108,7 @@ class Request:
     steps: int | None = None
     safety: float | None = None
     restarts: tuple[int, ...] | None = None
-    compile: bool = False
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.coefficients, str | Rational):
@@ -162,7 +162,7 @@ def _recipe(rows: int, cols: int, device: torch.device, request: Request, engine
     held = _iterate_dtype(engine, request.dtype, device)
     formula, restarts = _formula(request, engine, held)
     small = short <= _BATCHED_ROWS and held.itemsize >= 4
-    batched = not alone and (not cpu or request.compile or small or engine == EXTERNAL)
+    batched = not alone and (not cpu or bool(request.compile) or small or engine == EXTERNAL)
     products: Products = Whole()
     if cpu and not batched and not alone and rows * cols >= _STRIPS_NUMEL[held.itemsize < 4]:
         products = Strips()
