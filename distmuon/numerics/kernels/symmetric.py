@@ -14,8 +14,8 @@ is also the order in which they lie in memory.
 Sums are taken in float32 with products of full precision (float32 factors are not rounded to TF32), and each
 element is rounded once, after the addend. Gradients do not flow through these functions.
 
-The launchers are plain functions: ``torch.compile`` traces through them and sees the kernel, without the cost
-of a call to the dispatcher that an operator of ``torch.library`` has at each launch.
+The launchers are plain functions: ``torch.compile`` traces through them and sees the kernel, without what each
+call of an operator of ``torch.library`` costs.
 """
 
 from __future__ import annotations
