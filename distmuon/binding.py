@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -113,16 +113,15 @@ class Binding:
     """
 
     parts: list[Part]
-    _seen: list[tuple[bool, list[Tensor], bool]] = field(default_factory=list)
+    _seen: list[tuple[list[Tensor], list[Any]]] = field(default_factory=list)
 
     def fits(self, groups: Sequence[Group]) -> bool:
         """Whether the groups still hold the parameters that were bound."""
         return len(self._seen) == len(groups) and all(
-            flatten == group["flatten"]
-            and use_muon == group["use_muon"]
+            settings == _bound_settings(group)
             and len(params) == len(group["params"])
             and all(old is new for old, new in zip(params, group["params"], strict=True))
-            for (use_muon, params, flatten), group in zip(self._seen, groups, strict=True)
+            for (params, settings), group in zip(self._seen, groups, strict=True)
         )
 
 
@@ -158,9 +157,15 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     if alone:
         facts = {own_rank(): [entry.fact for entry in alone]}
         device = alone[0].param.device
+        options.check_table(device)
         table = options.table(device)
         parts.append(_part(alone, facts, (own_rank(),), LocalExchange(), device, None, options, table, clock))
-    return Binding(parts, [(group["use_muon"], list(group["params"]), group["flatten"]) for group in groups])
+    return Binding(parts, [(list(group["params"]), _bound_settings(group)) for group in groups])
+
+
+def _bound_settings(group: Group) -> list[Any]:
+    """What a plan depends on: matrices of one bucket share their iteration."""
+    return [group[key] for key in ("use_muon", "flatten", "ns_coefficients", "ns_steps", "eps")]
 
 
 def _shared(
@@ -173,10 +178,14 @@ def _shared(
 ) -> Part:
     """Exchange facts with the other ranks, and plan; whatever goes wrong anywhere is raised everywhere."""
     group = group_of(ranks, meshes)
+    device = compute_device(meshes, next((e.param.device for e in entries if len(e.fact.layout.ranks) > 1), None))
+    try:
+        options.check_table(device)
+    except ValueError as raised:
+        error = error or raised
     raise_on_all(group, error)
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
     settings = repr(tuple(getattr(options, key) for key in _COMPARED))
-    device = compute_device(meshes, mine[0].param.device if mine else None)
     told = from_every_rank((settings, options.table(device), [entry.fact for entry in mine]), group)
     part: Part | None = None
     try:

@@ -187,6 +187,20 @@ def check_group(group: Group, label: str, options: Options) -> None:
             matrix_spec(name, param.shape, flatten=group["flatten"])
 
 
+def check_loaded(groups: Sequence[Group], options: Options) -> None:
+    """Refuse a state whose groups ask for an iteration that the optimizer's engine does not run.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    for index, group in enumerate(groups):
+        if group["use_muon"]:
+            try:
+                options.request(group)
+            except ValueError as error:
+                raise ValueError(f"group {index} of the loaded state: {error}") from None
+
+
 def fill_defaults(group: Group, defaults: Mapping[str, Any], options: Options, label: str) -> None:
     """Complete a group with the optimizer's settings.
 

@@ -22,6 +22,7 @@ from distmuon.groups import (
     as_groups,
     check_disjoint,
     check_group,
+    check_loaded,
     expand_group,
     fill_defaults,
 )
@@ -327,9 +328,11 @@ class Muon(Optimizer):
         present values.
 
         Raises:
-            ValueError: if the groups differ in number or size, or in who updates them.
+            ValueError: if the groups differ in number or size, in who updates them, or ask for what the engine
+                of this optimizer does not run; nothing is changed then.
         """
         groups = merge_groups(state_dict["param_groups"], self.param_groups)
+        check_loaded(groups, self._options)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._momentum_is_split = False
         place_steps(self, fused=self._options.fused)

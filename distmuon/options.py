@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distmuon.numerics.costs import CostTable
-from distmuon.numerics.hardware import device_class
-from distmuon.numerics.recipe import ENGINES, NOT_COMPILED, Request
-from distmuon.numerics.tables import builtin_table
+from distmuon.numerics.kernels import external
+from distmuon.numerics.recipe import ENGINES, EXTERNAL, NOT_COMPILED, Request
+from distmuon.numerics.tables import table_for
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Options:
     """The keyword arguments of :class:`distmuon.Muon` that are not group keys; see there.
 
     Raises:
-        TypeError: for a dtype that holds no floating-point numbers of 16 bits or more.
+        TypeError: for a dtype that holds no floating-point numbers of 16 bits or more, and what is no cost table.
+        ImportError: if the package of the engine is not installed.
         ValueError: for values that exclude each other.
     """
 
@@ -47,6 +48,13 @@ class Options:
                 raise TypeError(f"{key}={dtype}: take torch.bfloat16, torch.float16, torch.float32 or torch.float64.")
         if self.ns_engine not in ENGINES:
             raise ValueError(f"ns_engine={self.ns_engine!r} is unknown; known: {', '.join(ENGINES)}.")
+        if self.ns_engine == EXTERNAL and not external.installed():
+            raise ImportError(
+                f"ns_engine={EXTERNAL!r} needs the packages gram-newton-schulz and quack-kernels: install them, or "
+                "take another engine."
+            )
+        if self.cost_table is not None and not isinstance(self.cost_table, CostTable):
+            raise TypeError(f"cost_table is a {type(self.cost_table).__name__}: pass a path or a CostTable.")
         if not self.batched and self.ns_engine not in ("auto", "standard"):
             raise ValueError(
                 "foreach=False takes the operations of torch.optim.Muon in their order, and "
@@ -81,4 +89,16 @@ class Options:
 
     def table(self, device: torch.device) -> CostTable:
         """The cost table that the user named, or the built-in one of the device."""
-        return self.cost_table or builtin_table(device_class(device))
+        return self.cost_table or table_for(device, self.ns_dtype)
+
+    def check_table(self, device: torch.device) -> None:
+        """Refuse a table of another kind of device than matrices are multiplied on.
+
+        Raises:
+            ValueError: saying how to make one.
+        """
+        if self.cost_table is not None and self.cost_table.device.split("-")[0] != device.type:
+            raise ValueError(
+                f"cost_table is of {self.cost_table.device!r}, and matrices are multiplied on {device.type!r}: make "
+                f"one with `distmuon calibrate --device {device.type}`."
+            )

@@ -299,7 +299,8 @@ def test_without_half_precision_units_factorizations_are_chosen(shape):
 
 def test_with_amx_products_are_chosen(native_bf16):
     assert engine_of((768, 768), ON_CPU, "cpu-amx") == "composed"
-    assert engine_of((768, 3072), ON_CPU, "cpu-amx") == "gram"
+    # the Gram form begins anew at each stage in bfloat16, so that it is the composed iteration
+    assert engine_of((768, 3072), ON_CPU, "cpu-amx") == "composed"
 
 
 @pytest.mark.parametrize("table", ["cuda-sm80", "cuda-sm90", "cuda-sm100"])

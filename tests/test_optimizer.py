@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distmuon
+from distmuon.numerics.rationals import RATIONALS
 
 
 def make(**keywords):
@@ -152,6 +153,42 @@ def test_steps_alone_ask_for_the_quintic():
     train(model, optimizer)
     train(other, expected)
     assert torch.equal(weights(model), weights(other))
+
+
+def test_settings_changed_between_steps_count():
+    both = []
+    for late in (False, True):
+        model, optimizer = make(ns_dtype=torch.float32)
+        group = next(group for group in optimizer.param_groups if group["use_muon"])
+        if late:
+            train(model, optimizer, 1)
+        other, expected = make(ns_dtype=torch.float32, ns_coefficients="cubic")
+        if late:
+            train(other, expected, 1)
+            other.load_state_dict(model.state_dict())
+            for theirs, ours in zip(expected.param_groups, optimizer.param_groups, strict=True):
+                for a, b in zip(theirs["params"], ours["params"], strict=True):
+                    expected.state[a] = {key: value.clone() for key, value in optimizer.state[b].items()}
+        group["ns_coefficients"] = "cubic"
+        train(model, optimizer, 1)
+        train(other, expected, 1)
+        both.append(torch.equal(weights(model), weights(other)))
+    assert both == [True, True]
+
+
+def test_a_loaded_state_that_the_engine_does_not_run_is_refused():
+    optimizer = make(ns_engine="rational")[1]
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"group 0 of the loaded state: ns_engine='rational' does not run polynomials"):
+        optimizer.load_state_dict(make(ns_coefficients="quintic")[1].state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_a_rational_in_a_group_is_saved(tmp_path):
+    optimizer = make(ns_coefficients=RATIONALS["rational3"])[1]
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert loaded["param_groups"][0]["ns_coefficients"] == RATIONALS["rational3"]
 
 
 def test_report_names_the_engines():

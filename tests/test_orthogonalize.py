@@ -133,6 +133,22 @@ def test_several_threads_change_no_bit(monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(4, 32, 32), (4, 96, 96)])
+def test_modes_of_the_caller_change_nothing(threads, shape):
+    x, before = torch.randn(shape), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        expected = orthogonalize(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(orthogonalize(x), expected)
+        with torch.inference_mode():
+            assert torch.equal(orthogonalize(x), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert not orthogonalize(x.requires_grad_()).requires_grad
+
+
 def test_an_error_in_a_thread_is_raised():
     before = torch.get_num_threads()
     try:

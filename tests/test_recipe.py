@@ -127,6 +127,48 @@ def test_the_external_engine_gets_its_stages_and_restarts(monkeypatch):
     assert asked == [(torch.float16, recipes.resolve_stages("polar_express", 5), (2,))]
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (dict(compile="reduce_overhead"), "no mode of torch.compile; known: default"),
+        (dict(engine="composed", restarts=(0, 2)), "acts with engine='gram' alone"),
+        (dict(safety=0.5), "at least 1"),
+        (dict(coefficients="rational2", safety=1.01), "for polynomials"),
+    ],
+)
+def test_arguments_act_or_raise(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        Request(torch.bfloat16, **keywords)
+
+
+def test_rational_is_not_chosen_where_the_host_would_be_waited_for(cuda):
+    rates = table(("rational", FAST), ("composed", SLOW))
+    assert choose(300, 300, CUDA, Request(torch.bfloat16), rates).engine == "composed"
+
+
+def test_float32_goes_by_float32_rates(native_bf16):
+    assert on_cpu(2048, 2048, dtype=torch.float32) == on_cpu(
+        2048, 2048, dtype=torch.float32, table=builtin_table("cpu-float32")
+    )
+
+
+def test_a_table_of_another_device_is_refused():
+    group = {"params": [torch.nn.Parameter(torch.randn(9, 5))], "use_muon": True}
+    group["params"][0].grad = torch.randn(9, 5)
+    optimizer = distmuon.Muon([group], cost_table=CostTable("cuda-sm90", "of a test", (("gram", FAST),)))
+    with pytest.raises(ValueError, match="make one with `distmuon calibrate --device cpu`"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="cost_table is a dict"):
+        distmuon.Muon([group], cost_table={})
+
+
+def test_the_external_engine_must_be_installed():
+    with pytest.raises(ImportError, match="gram-newton-schulz"):
+        distmuon.Muon(
+            [{"params": [torch.nn.Parameter(torch.randn(9, 5))], "use_muon": True}], ns_engine="gram_newton_schulz"
+        )
+
+
 def test_what_is_asked_for_is_run():
     assert on_cpu(100, 100, coefficients="rational3").formula == RATIONALS["rational3"]
     asked = on_cpu(100, 100, coefficients=[3.0, -3.0, 1.0], steps=2)
@@ -184,7 +226,7 @@ def test_gpu(cuda):
     ("engine", "coefficients", "steps", "message"),
     [
         ("fast", "auto", None, "ns_engine='fast' is unknown"),
-        ("gram", "rational2", None, "leave the engine on 'auto'"),
+        ("gram", "rational2", None, "leave ns_engine on 'auto'"),
         ("rational", "quintic", None, "does not run polynomials"),
         ("rational", "auto", 5, "ns_steps=5 has nothing to act on"),
         ("auto", "rational3", 2, "ns_steps=2 has nothing to act on"),
@@ -192,6 +234,7 @@ def test_gpu(cuda):
         ("auto", "auto", 0, "ns_steps=0"),
         ("gram", "nested14", 5, "pass ns_steps=4"),
         ("gram_newton_schulz", "nested14", None, "not of three numbers"),
+        ("auto", 3.0, None, "'auto', a name, stages, or a Rational"),
     ],
 )
 def test_what_does_not_go_together(engine, coefficients, steps, message):

@@ -25,6 +25,7 @@ logger = logging.getLogger("distmuon")
 _DEVICE_BATCH_ELEMENTS = 1 << 28
 
 
+@torch.no_grad()
 def orthogonalize(
     x: Tensor,
     *,
@@ -42,14 +43,15 @@ def orthogonalize(
 
     Singular values down to 2e-3 of the Frobenius norm come out near 1, smaller ones grow 500-fold or more, and zero
     stays zero; how near is a matter of the coefficients (docs/orthogonalization.md has the table). A matrix that
-    holds NaN or Inf becomes NaN. ``x`` is never written.
+    holds NaN or Inf becomes NaN. ``x`` is never written, no gradient flows through, and autocast does not act.
 
     The way is chosen by the shape, dtype and device of a matrix alone, so that it does not matter which others it is
     in a batch with.
 
     Args:
         x: Real floating-point matrices of shape ``(m, n)`` or ``(..., m, n)``.
-        engine: ``"auto"`` takes the fastest of those below by ``table``. ``"standard"``: the operations of
+        engine: ``"auto"`` takes the fastest of the three below ``"standard"`` by ``table``, and ``"composed"`` for
+            polynomials that are given. ``"standard"``: the operations of
             torch.optim.Muon in their order, one matrix at a time; with ``dtype=torch.bfloat16`` the same bits, and
             its speed and range (norms over 1e19 overflow). ``"composed"``: polynomials of degree 9 that need fewer
             products. ``"gram"``: polynomials on the small Gram matrix. ``"rational"``: Cholesky factorizations in
@@ -64,8 +66,8 @@ def orthogonalize(
         dtype: Dtype that ``x`` is rounded to first and that the result has; None keeps that of ``x``.
             Iterates are held in it where the device multiplies it in hardware and the engine suits it, in float32
             elsewhere (float16 for ``"gram"`` on a GPU).
-        safety: Divides the matrices once more, so that rounding cannot leave the interval of the polynomials;
-            None: 1.01 for ``"polar_express"`` and ``"cans"``, 1 for others, whose intervals have 1 % of room.
+        safety: At least 1; divides the matrix in each stage of a polynomial once more than its table does, so that
+            rounding cannot leave the interval.
         restarts: Stages at which ``"gram"`` makes its Gram matrix anew, ascending from 0; None: chosen with the
             coefficients, or by dtype (:func:`distmuon.numerics.coefficients.default_restarts`).
         compile: Run batches through :func:`torch.compile`; a string is its mode, ``"reduce-overhead"`` for CUDA graphs.
@@ -83,6 +85,8 @@ def orthogonalize(
     """
     _check_input(x)
     dtype = dtype or x.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype}: the result takes a floating-point dtype.")
     begins = None if restarts is None else tuple(restarts)
     request = Request(dtype, engine, coefficients, steps, safety, begins, compile)
     recipe = choose(x.size(-2), x.size(-1), x.device, request, table)
@@ -108,8 +112,13 @@ def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype,
     """
     if x.numel() == 0:
         return x
-    matrices = x.view(-1, *x.shape[-2:])
+    # products keep their precision wherever this is called from
+    with torch.autocast(x.device.type, enabled=False):
+        _run(x.view(-1, *x.shape[-2:]), recipe, eps, dtype, compile)
+    return x
 
+
+def _run(matrices: Tensor, recipe: Recipe, eps: float, dtype: torch.dtype, compile: bool | str) -> None:
     def alone(matrix: Tensor) -> None:
         if recipe.engine == "standard":
             matrix.copy_(orthogonalize_alone(matrix.to(dtype, copy=True), _stages(recipe), eps))
@@ -126,7 +135,6 @@ def orthogonalize_(x: Tensor, recipe: Recipe, *, eps: float, dtype: torch.dtype,
     else:
         for matrix in matrices:
             alone(matrix)
-    return x
 
 
 def iterate(x: Tensor, recipe: Recipe) -> Tensor:
@@ -170,6 +178,8 @@ def _compiled(mode: bool | str) -> Callable[[Tensor, Recipe], Tensor]:
         if works:
             try:
                 return compiled(x, recipe)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 works = False
                 logger.warning("compile=%r is switched off, as torch.compile failed: %s", mode, error)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Rational:
@@ -37,6 +39,9 @@ class Rational:
         if min(shift for _, shift in self.poles) <= 0.0:
             raise ValueError(f"{self}: shifts must be positive, or R + shift may be singular.")
 
+
+# so that torch.load reads optimizer state in which a group names one
+torch.serialization.add_safe_globals([Rational])
 
 # Minimax of |sigma f(sigma^2) - 1| on [1.5e-3, 1]: benchmarks/derive_coefficients.py, docs/orthogonalization.md
 RATIONALS: dict[str, Rational] = {

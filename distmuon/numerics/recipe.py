@@ -14,11 +14,11 @@ import torch
 
 from distmuon.numerics.coefficients import TABLES, Stage, default_restarts, resolve_stages, with_safety
 from distmuon.numerics.costs import CostTable
-from distmuon.numerics.hardware import compute_dtype, device_class
+from distmuon.numerics.hardware import compute_dtype
 from distmuon.numerics.kernels import available
 from distmuon.numerics.products import Kernels, Products, Strips, Whole
 from distmuon.numerics.rationals import RATIONALS, Rational
-from distmuon.numerics.tables import builtin_table
+from distmuon.numerics.tables import table_for
 
 Formula: TypeAlias = "tuple[Stage, ...] | Rational"
 Coefficients: TypeAlias = "str | Stage | Sequence[Stage] | Rational"
@@ -27,6 +27,7 @@ EXTERNAL = "gram_newton_schulz"
 ENGINES = ("auto", "standard", "composed", "gram", "rational", EXTERNAL)
 # These run no batches of products of ours that torch.compile could take
 NOT_COMPILED = ("standard", "rational", EXTERNAL)
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # What an engine runs when nothing else is asked for
 _DEFAULTS = {"standard": "quintic", "composed": "nested14", "gram": "nested14", "rational": "rational2"}
 _DEFAULTS[EXTERNAL] = "polar_express"
@@ -96,7 +97,7 @@ class Request:
         safety: Stages are evaluated at ``X / safety``; None: as in the table.
         restarts: Of the Gram form; None: of the table, else
             :func:`distmuon.numerics.coefficients.default_restarts`.
-        compile: Whether the iteration goes through :func:`torch.compile`, which batches suit.
+        compile: Whether the iteration goes through :func:`torch.compile`, which batches suit, or in which mode.
 
     Raises:
         ValueError: for engines, coefficients and steps that do not go together; says what does.
@@ -112,6 +113,8 @@ class Request:
 
     def __post_init__(self) -> None:
         if not isinstance(self.coefficients, str | Rational):
+            if not isinstance(self.coefficients, Sequence):
+                raise ValueError(f"ns_coefficients={self.coefficients!r}: 'auto', a name, stages, or a Rational.")
             given = tuple(tuple(c) if isinstance(c, Sequence) else c for c in self.coefficients)
             object.__setattr__(self, "coefficients", given)
         _check(self)
@@ -144,10 +147,13 @@ def choose(rows: int, cols: int, device: torch.device, request: Request, table: 
         return _recipe(rows, cols, device, request, "rational")
     if request.coefficients != "auto" or request.steps is not None:
         return _recipe(rows, cols, device, request, "composed")
-    table = table or builtin_table(device_class(device))
-    known = [name for name, _ in table.engines if name in ("composed", "gram", "rational")]
-    known = [name for name in known if not (request.compile and name in NOT_COMPILED)] or ["composed"]
-    recipes = [_recipe(rows, cols, device, request, name) for name in known]
+    table = table or table_for(device, request.dtype)
+    known = {name for name, _ in table.engines} & {"gram", "rational"}
+    if request.compile or device.type != "cpu":
+        known -= {"rational"}  # nothing in it to compile, and a GPU would wait for the host
+    recipes = [_recipe(rows, cols, device, request, name) for name in ("composed", *sorted(known))]
+    # a Gram form that begins anew at each stage is the composed iteration
+    recipes = [recipe for recipe in recipes if recipe.engine != "gram" or recipe.big < 2 * len(recipe.formula)]  # type: ignore[arg-type]
     return min(recipes, key=lambda recipe: recipe.seconds(rows, cols, table))
 
 
@@ -198,11 +204,17 @@ def _check(request: Request) -> None:
     engine, coefficients, steps = request.engine, request.coefficients, request.steps
     if engine not in ENGINES:
         raise ValueError(f"ns_engine={engine!r} is unknown; known: {', '.join(ENGINES)}.")
+    if isinstance(request.compile, str) and request.compile not in _MODES:
+        raise ValueError(f"compile={request.compile!r} is no mode of torch.compile; known: {', '.join(_MODES)}.")
+    if request.restarts is not None and engine not in ("gram", EXTERNAL):
+        raise ValueError(f"restarts={request.restarts} acts with engine='gram' alone, and it is {engine!r}: drop one.")
+    if request.safety is not None and (request.rational is not None or not 1.0 <= request.safety < 2.0**10):
+        raise ValueError(f"safety={request.safety}: a factor of at least 1, for polynomials; leave it None.")
     if request.rational is not None or (coefficients == "auto" and engine == "rational"):
         if engine not in ("auto", "rational"):
             raise ValueError(
                 f"ns_coefficients={coefficients!r} is a rational function and ns_engine={engine!r} runs polynomials: "
-                "leave the engine on 'auto'."
+                "leave ns_engine on 'auto', and do not pass foreach=False."
             )
         if steps is not None:
             raise ValueError(f"ns_steps={steps} has nothing to act on: a rational function is one step, leave it None.")
@@ -246,7 +258,7 @@ def _restarts(
             raise ValueError(f"restarts={asked}: give ascending numbers of stages from 0 to {stages - 1}, 0 first.")
         return asked
     if engine == EXTERNAL:
-        return (0, 2)
+        return (0, 2) if stages > 2 else (0,)
     table = TABLES.get(coefficients) if isinstance(coefficients, str) else None
     if table is not None and table.restarts is not None and held is not torch.bfloat16:
         return table.restarts

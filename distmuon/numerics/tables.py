@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import torch
+
 from distmuon.numerics.costs import CostTable, Rates
+from distmuon.numerics.hardware import device_class
 
 # Of dense products in the half precisions, and of memory (bytes/s), from NVIDIA's data sheets of the SXM versions
 _PEAKS = {
@@ -21,6 +24,13 @@ _PEAKS = {
 _OF_PEAK = 0.65
 _SYMMETRIC = 0.62
 _LAUNCH_S = 5e-6 / 8
+
+
+def table_for(device: torch.device, dtype: torch.dtype) -> CostTable:
+    """The built-in table of a device whose products are of ``dtype``: bfloat16 units do nothing for float32."""
+    if device.type == "cpu" and dtype.itemsize >= 4:
+        return builtin_table("cpu-float32")
+    return builtin_table(device_class(device))
 
 
 def builtin_table(device: str) -> CostTable:

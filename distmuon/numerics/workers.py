@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def spread(function: Callable[[T], object], items: Sequence[T]) -> None:
-    """Call ``function`` on every item, on as many threads as torch uses, each computing on one alone.
+    """Call ``function`` on every item without gradients, on as many threads as torch uses, each computing on one.
 
     A small product gains nothing from a second thread, and two products at a time do. Results do not depend on
     the number of threads, as each item has one in any case.
@@ -29,10 +29,11 @@ def spread(function: Callable[[T], object], items: Sequence[T]) -> None:
         finally:
             torch.set_num_threads(threads)
         return
-    grad = torch.is_grad_enabled()
+    inference = torch.is_inference_mode_enabled()
 
     def call(item: T) -> None:
-        with torch.set_grad_enabled(grad):
+        # both are a matter of the thread
+        with torch.inference_mode(inference), torch.no_grad():
             function(item)
 
     try:
