@@ -11,11 +11,13 @@ from unittest import mock
 
 import check_models
 import pytest
+import torch
 import torch.distributed as dist
 from harness import Pool
 
 import distmuon
 from distmuon import cli
+from distmuon.checking.compare import default_tolerance
 
 HERE = Path(check_models.__file__)
 LINES = ["start", "exact", "update", "replicas", "accumulation", "resume"]
@@ -136,7 +138,9 @@ def test_a_shard_that_is_not_updated(pool2):
         ), failure
         assert float(re.search(r" on rank 0: relative error (\S+),", failure)[1]) > 0.5
     assert "the same bits are wanted" in report.failures[0]
-    assert re.search(r"the bar is 1\.\de-01", report.failures[1])
+    # 0.125 where iterates are in bfloat16 and 1e-4 in float32, two roundings to the wire and those of the weights
+    bar = default_tolerance(torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+    assert 0.95 * bar <= float(re.search(r"the bar is (\d\S+\d)", report.failures[1])[1]) <= 1.1 * bar
 
 
 def test_replicas_that_part(pool2):
