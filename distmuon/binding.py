@@ -27,7 +27,7 @@ from distmuon.comm.group import (
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
-from distmuon.numerics.recipe import choose
+from distmuon.numerics.recipe import Request, choose
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.boxes import Box
@@ -253,22 +253,24 @@ def _part(
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
         use_muon, settings, iteration = group["use_muon"], "adamw", ""
+        request = None
         if use_muon:
+            request = options.request(group)
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
             keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "flatten")
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            cost = _nanoseconds(name, layout, group, options) if use_muon else 0
+            cost = 0 if request is None else _nanoseconds(name, layout, group["flatten"], request, options)
             yield Entry(param, Fact(name, index, use_muon, group["flatten"], iteration, settings, cost, layout))
 
 
-def _nanoseconds(name: str, layout: LocalLayout, group: Group, options: Options) -> int:
+def _nanoseconds(name: str, layout: LocalLayout, flatten: bool, request: Request, options: Options) -> int:
     """Predicted time of one matrix of a parameter, a whole number so that sums do not depend on their order."""
-    spec = matrix_spec(name, layout.shape, flatten=group["flatten"])
+    spec = matrix_spec(name, layout.shape, flatten=flatten)
     device = torch.device(layout.device)
     table = options.table(device)
-    recipe = choose(spec.rows, spec.cols, device, options.request(group), table)
+    recipe = choose(spec.rows, spec.cols, device, request, table)
     return max(1, round(1e9 * recipe.seconds(spec.rows, spec.cols, table)))
 
 

@@ -119,10 +119,11 @@ def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence
     counts: Counter[tuple[str, str, torch.dtype]] = Counter()
     for index, group in enumerate(groups):
         if group["use_muon"]:
+            request = options.request(group)
             for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
                 spec = matrix_spec(name, param.shape, flatten=group["flatten"])
                 table = tables.get(param.device.type, options.table(param.device))
-                recipe = choose(spec.rows, spec.cols, param.device, options.request(group), table)
+                recipe = choose(spec.rows, spec.cols, param.device, request, table)
                 counts[param.device.type, recipe.engine, recipe.dtype] += spec.count
     return [
         f"{count} matrices on {device}, rounded to {options.ns_dtype}: engine {engine}, in {held}."

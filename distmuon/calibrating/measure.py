@@ -18,9 +18,7 @@ from distmuon.calibrating.shapes import Shape
 from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import Recipe, Request, choose
 
-# Short sides up to which small matrices come in stacks, as in training: they share the threads of a CPU, each on one
-# (distmuon.numerics.workers), or are multiplied in batches
-_STACKED_ROWS = 384
+# Matrices of a stack where a recipe takes several at a time: in batches, or each on a thread of its own
 _STACK = 8
 # An accelerator is filled by fewer of the large ones
 _STACK_NUMEL = 1 << 26
@@ -85,9 +83,9 @@ def measure(
     """Time engines on shapes, with the threads that torch uses now.
 
     A matrix is timed as the optimizer runs it: it lies in ``dtype``, and the engine's own coefficients and dtype of
-    iterates are those of :func:`distmuon.numerics.recipe.choose`. Matrices with short sides up to 384, and all on
-    an accelerator, are timed in stacks of 8 (fewer where these have over 2^26 entries), whose time is divided by
-    their number.
+    iterates are those of :func:`distmuon.numerics.recipe.choose`. Matrices that it takes several of at a time (in
+    float32 on a CPU those with short sides up to 384, on an accelerator all) are timed in stacks of 8 (fewer where
+    these have over 2^26 entries), whose time is divided by their number.
 
     Args:
         shapes: Rows and columns.
@@ -141,7 +139,7 @@ def _warm(
 
 def _case(engine: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> _Case:
     recipe = choose(*shape, device, Request(dtype, engine))
-    stack = _STACK if device.type != "cpu" or min(shape) <= _STACKED_ROWS else 1
+    stack = _STACK if recipe.batched or recipe.one_thread else 1
     stack = min(stack, max(1, _STACK_NUMEL // (shape[0] * shape[1])))
     draw = torch.Generator().manual_seed(0)
     source = torch.randn(stack, *shape, generator=draw).to(device, dtype)

@@ -32,7 +32,7 @@ def shapes_for(device: torch.device) -> Shapes:
     return CPU if device.type == "cpu" else ACCELERATOR
 
 
-# Changes at 64 | 65 rows (batches), 384 | 385 and 768 | 769 (one thread a matrix): distmuon.numerics.recipe
+# Changes at 64 | 65 rows (batches) and 384 | 385 (one thread a matrix): distmuon.numerics.recipe
 CPU = Shapes(
     fitted=(
         (32, 64),
