@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NoReturn
 
 import torch
 
@@ -19,6 +18,7 @@ from distmuon.calibrating.report import report
 from distmuon.calibrating.shapes import shapes_for
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.numerics.hardware import device_class
+from distmuon.usage import Parser, UsageError
 
 DESCRIPTION = """\
 Measure how long each engine of the orthogonalization takes on this machine, and write a cost table for
@@ -35,15 +35,6 @@ _AUTO = {"cpu": ("rational", "composed", "gram")}
 _AUTO_ACCELERATOR = ("composed", "gram")
 # Fewer shapes than this tell nothing about six rates
 _FEWEST = 4
-
-
-class UsageError(ValueError):
-    """A mistake on the command line, told in one sentence."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see distmuon calibrate --help).")
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -104,7 +95,7 @@ def _calibrate(device: torch.device, engines: Sequence[str], out: pathlib.Path) 
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="distmuon calibrate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

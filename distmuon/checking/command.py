@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from distmuon.checking.check import check
 from distmuon.checking.report import CheckReport
 from distmuon.checking.sides import together
 from distmuon.muon import Muon
+from distmuon.usage import Parser, UsageError
 
 _OWN = ("self", "params", "mesh")
 
@@ -35,15 +36,6 @@ training is, or alone:
   torchrun --nproc_per_node 4 -m distmuon check --config configs/debug.yaml --parallel.dp_shard 4
 
 Functions are given as package.module:function or path/to/file.py:function. Exit code: 0 passed, 1 failed, 2 usage."""
-
-
-class UsageError(ValueError):
-    """A mistake on the command line, told in one sentence."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see distmuon check --help).")
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -129,8 +121,8 @@ def load_function(path: str) -> Any:
     return function
 
 
-def _parser(*, config: bool) -> _Parser:
-    parser = _Parser(
+def _parser(*, config: bool) -> Parser:
+    parser = Parser(
         prog="distmuon check",
         usage="distmuon check (MODULE:FUNCTION [--shard MODULE:FUNCTION] | --config FILE [--section.key VALUE]) ...",
         description=DESCRIPTION,
