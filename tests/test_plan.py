@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from distmuon.plan.assign import assign
 from distmuon.plan.boxes import Box
 from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.nodes import one_node
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import build_plan
 from distmuon.plan.routes import route
@@ -165,7 +166,7 @@ def test_makespan_is_within_four_thirds_of_the_best(sizes, world):
     specs = [
         spec(f"w{i}", (2, 2), holdings((2, 2), ranks, axis=0, replicas=1), cost=size) for i, size in enumerate(sizes)
     ]
-    makespan = max(loads(specs, assign(specs, most_numel=10**9), ranks).values())
+    makespan = max(loads(specs, assign(specs, most_numel=10**9, nodes=one_node(ranks)), ranks).values())
     best = min(
         max(sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in ranks)
         for owners in itertools.product(ranks, repeat=len(sizes))
@@ -180,7 +181,7 @@ def test_never_worse_than_dealing_out_in_turn(sizes, world):
     specs = [
         spec(f"w{i:03}", shape, holdings(shape, ranks, axis=0, replicas=1), cost=size) for i, size in enumerate(sizes)
     ]
-    makespan = max(loads(specs, assign(specs, most_numel=10**9), ranks).values())
+    makespan = max(loads(specs, assign(specs, most_numel=10**9, nodes=one_node(ranks)), ranks).values())
     ordered = sorted(sizes, reverse=True)
     assert makespan <= max(sum(ordered[rank::world]) for rank in ranks)
 
@@ -214,7 +215,7 @@ def test_experts_that_are_whole_somewhere_stay_there():
     specs = [spec("experts", (8, 6, 4), holdings((8, 6, 4), ranks, axis=0, replicas=1))]
     plan = build_plan(specs, ranks=ranks, bucket_numel=1 << 20)
     assert not any(bucket.gathers or bucket.scatters for bucket in plan.buckets)
-    assert [a.owner for a in assign(specs, most_numel=1 << 20)] == [0, 1, 2, 3]
+    assert [a.owner for a in assign(specs, most_numel=1 << 20, nodes=one_node(ranks))] == [0, 1, 2, 3]
 
 
 def test_a_matrix_is_owned_where_most_of_it_lives():
@@ -223,7 +224,7 @@ def test_a_matrix_is_owned_where_most_of_it_lives():
         Holding(1, Box((2, 0), (7, 4))),
         Holding(2, Box((9, 0), (1, 4))),
     )
-    assert [a.owner for a in assign([spec("w", (10, 4), uneven)], most_numel=10**9)] == [1]
+    assert [a.owner for a in assign([spec("w", (10, 4), uneven)], most_numel=10**9, nodes=one_node((0, 1, 2)))] == [1]
 
 
 @pytest.mark.parametrize(
@@ -265,10 +266,13 @@ def test_the_plan_depends_on_no_hash_seed():
 
 @given(models())
 def test_the_order_of_parameters_changes_no_owner(drawn):
-    _, specs, bucket_numel = drawn
-    owners = {(specs[a.parameter].name, a.first): a.owner for a in assign(specs, most_numel=bucket_numel)}
+    ranks, specs, bucket_numel = drawn
+    nodes = one_node(ranks)
+    owners = {(specs[a.parameter].name, a.first): a.owner for a in assign(specs, most_numel=bucket_numel, nodes=nodes)}
     backwards = specs[::-1]
-    again = {(backwards[a.parameter].name, a.first): a.owner for a in assign(backwards, most_numel=bucket_numel)}
+    again = {
+        (backwards[a.parameter].name, a.first): a.owner for a in assign(backwards, most_numel=bucket_numel, nodes=nodes)
+    }
     assert owners == again
 
 

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distmuon.speeds import Speeds
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -60,11 +62,13 @@ class CostTable:
         device: Class of the device (:func:`distmuon.numerics.hardware.device_class`).
         source: Where the numbers come from: a measurement, or an estimate.
         engines: Pairs of an engine's name and its rates. ``engine="auto"`` chooses among these.
+        speeds: Of links and memory; None: not measured.
     """
 
     device: str
     source: str
     engines: tuple[tuple[str, Rates], ...]
+    speeds: Speeds | None = None
 
     def __post_init__(self) -> None:
         if not self.engines:
@@ -76,7 +80,13 @@ class CostTable:
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
         """Write the table as JSON, with other keys beside it that :meth:`load` does not look at."""
-        found = {"device": self.device, "source": self.source, "engines": {k: asdict(v) for k, v in self.engines}}
+        found: dict[str, Any] = {
+            "device": self.device,
+            "source": self.source,
+            "engines": {k: asdict(v) for k, v in self.engines},
+        }
+        if self.speeds is not None:
+            found["speeds"] = asdict(self.speeds)
         found |= notes
         pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
@@ -98,4 +108,5 @@ class CostTable:
     def of(cls, found: Mapping[str, Any]) -> CostTable:
         """The table in parsed JSON; other keys are ignored."""
         engines = tuple((str(name), Rates(**rates)) for name, rates in found["engines"].items())
-        return cls(str(found["device"]), str(found["source"]), engines)
+        speeds = Speeds.parse(found["speeds"]) if "speeds" in found else None
+        return cls(str(found["device"]), str(found["source"]), engines, speeds)

@@ -12,6 +12,7 @@ import torch
 
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.numerics.hardware import device_class
+from distmuon.speeds import Link, Speeds
 
 # Of dense products in the half precisions, and of memory (bytes/s), from NVIDIA's data sheets of the SXM versions
 _PEAKS = {
@@ -101,3 +102,28 @@ _BF16 = CostTable(
     ),
 )
 _TABLES = {table.device: table for table in (_FLOAT32, _AMX, _BF16, *map(_gpu, _PEAKS))}
+
+
+def builtin_speeds(device: str) -> Speeds:
+    """Estimates of links and memory for a class of devices (:func:`distmuon.numerics.hardware.device_class`).
+
+    Of GPUs: NVLink as nodes of eight have it, and one 400 Gbit/s adapter a GPU between nodes, both at what collectives
+    are known to reach of them.
+    """
+    return _GPU_SPEEDS if device.startswith("cuda") else _CPU_SPEEDS
+
+
+_CPU_SPEEDS = Speeds(
+    local=Link(latency=3e-4, exchange=8e-10, reduce=1.2e-9, gather=2e-9),
+    remote=Link.of(gigabytes=1.0, latency=5e-4),
+    blend=1e-9,
+    copy=5e-10,
+    apply=1e-9,
+)
+_GPU_SPEEDS = Speeds(
+    local=Link.of(gigabytes=400.0, latency=2e-5),
+    remote=Link.of(gigabytes=50.0, latency=4e-5),
+    blend=6e-12,
+    copy=2e-12,
+    apply=5e-12,
+)

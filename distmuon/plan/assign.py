@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box
+from distmuon.plan.nodes import Nodes
 from distmuon.plan.parameters import ParameterSpec, stored_numel
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Consecutive matrices of one parameter, and the rank that orthogonalizes them.
+    """Consecutive matrices of one parameter, or a slab of each, and the rank that orthogonalizes them.
 
     Attributes:
         parameter: Place of the parameter among those planned.
         first: Its first matrix that is meant.
         count: Number of matrices.
         owner: The global rank.
+        part: Which slab along the long side.
+        parts: Number of slabs: the size of the team that owns the matrices, 1 for a single owner.
     """
 
     parameter: int
     first: int
     count: int
     owner: int
+    part: int = 0
+    parts: int = 1
+
+    def box(self, spec: ParameterSpec) -> Box:
+        """Its elements of the parameter ``spec``."""
+        return spec.box_of(self.first, self.count, self.part, self.parts)
+
+    def shape(self, spec: ParameterSpec) -> tuple[int, int]:
+        """Rows and columns of each matrix, or of the slab of each."""
+        sizes = self.box(spec).sizes[int(spec.stacked) :]
+        return sizes[0], math.prod(sizes[1:])
+
+    def cost(self, spec: ParameterSpec) -> int:
+        """Time that its owner spends on it."""
+        return self.count * spec.cost_of(self.parts)
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class _Piece:
     numel: int
 
 
-def assign(specs: Sequence[ParameterSpec], *, most_numel: int) -> list[Assignment]:
+def assign(specs: Sequence[ParameterSpec], *, most_numel: int, nodes: Nodes) -> list[Assignment]:
     """Give every matrix an owner.
 
     Owners are found by longest processing time first (Graham 1969: at most 4/3 of the best possible
@@ -52,6 +71,7 @@ def assign(specs: Sequence[ParameterSpec], *, most_numel: int) -> list[Assignmen
     Args:
         specs: The parameters.
         most_numel: Most elements of one assignment; a single matrix may exceed it.
+        nodes: Which ranks share a node.
 
     Returns:
         Assignments that hold every matrix once, by parameter and first matrix.

@@ -44,3 +44,10 @@ class Box:
         """Index of this box in a tensor that holds ``outer``, which covers it."""
         starts = [mine - base for mine, base in zip(self.offsets, outer.offsets, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+
+def chunk(size: int, part: int, parts: int) -> tuple[int, int]:
+    """Offset and length of one part of an axis, as :func:`torch.chunk` and FSDP2 cut it; the last may be empty."""
+    step = -(-size // parts)
+    start = min(size, part * step)
+    return start, min(size, start + step) - start

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distmuon.plan.boxes import Box
+from distmuon.plan.boxes import Box, chunk
 from distmuon.plan.matrices import MatrixSpec
 
 
@@ -27,6 +27,19 @@ class Holding:
     replica: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TeamCost:
+    """What a matrix costs when several ranks own it together, each a slab along its long side.
+
+    Attributes:
+        size: Number of ranks.
+        cost: Time of each of them, in the unit of :attr:`ParameterSpec.cost`, talk among them included.
+    """
+
+    size: int
+    cost: int
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter on Muon as a plan sees it.
@@ -38,6 +51,7 @@ class ParameterSpec:
         group: Index of its parameter group.
         kind: What must be equal inside a bucket beside the shape, such as dtype and iteration.
         cost: Time to orthogonalize one of its matrices, in any unit.
+        teams: Teams that may own one of its matrices, by ascending size; none: a single rank does.
     """
 
     matrices: MatrixSpec
@@ -46,6 +60,7 @@ class ParameterSpec:
     group: int = 0
     kind: str = ""
     cost: int = 1
+    teams: tuple[TeamCost, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,15 +84,27 @@ class ParameterSpec:
 
     def digest(self) -> str:
         """SHA-256 of everything in it, the same in every process."""
-        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, digest_of(self.holdings))
+        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, self.teams, digest_of(self.holdings))
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def box_of(self, first: int, count: int) -> Box:
-        """The elements of ``count`` consecutive matrices."""
-        whole = Box.whole(self.shape)
-        if not self.stacked:
-            return whole
-        return Box((first, *whole.offsets[1:]), (count, *whole.sizes[1:]))
+    @property
+    def slab_axis(self) -> int:
+        """The axis of the parameter that runs along the long side of its matrices."""
+        return int(self.stacked) + int(self.matrices.cols >= self.matrices.rows)
+
+    def cost_of(self, parts: int) -> int:
+        """Time of each rank of a team of ``parts`` ranks for one matrix; 1: of a single owner."""
+        return self.cost if parts == 1 else next(team.cost for team in self.teams if team.size == parts)
+
+    def box_of(self, first: int, count: int, part: int = 0, parts: int = 1) -> Box:
+        """The elements of ``count`` consecutive matrices, or of one of ``parts`` slabs of each."""
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        if self.stacked:
+            offsets[0], sizes[0] = first, count
+        if parts > 1:
+            axis = self.slab_axis
+            offsets[axis], sizes[axis] = chunk(self.shape[axis], part, parts)
+        return Box(tuple(offsets), tuple(sizes))
 
 
 @functools.lru_cache(maxsize=256)

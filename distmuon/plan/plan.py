@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.assign import Assignment, assign, balance, lots
+from distmuon.plan.nodes import Nodes, one_node, teams_of
 from distmuon.plan.parameters import Holding, ParameterSpec, check_cover, stored_numel
 
 # Updates that come back to a rank from one bucket may take this many times what it may own of it
@@ -22,6 +23,7 @@ class Bucket:
     Attributes:
         rows: Rows of every matrix.
         cols: Columns of every matrix.
+        parts: How many ranks own each matrix together, every one a slab of it; 1: single owners.
         assignments: What is in it and who owns it.
         gathers: Whether any matrix has to be moved to its owner.
         scatters: Whether any update has to be moved from its owner.
@@ -30,6 +32,7 @@ class Bucket:
 
     rows: int
     cols: int
+    parts: int
     assignments: tuple[Assignment, ...]
     gathers: bool
     scatters: bool
@@ -39,7 +42,8 @@ class Bucket:
         """Elements by owner."""
         owned: Counter[int] = Counter()
         for assignment in self.assignments:
-            owned[assignment.owner] += assignment.count * self.rows * self.cols
+            # the slabs of a team differ by less than a row of the long side
+            owned[assignment.owner] += assignment.count * -(-self.rows * self.cols // self.parts)
         return owned
 
 
@@ -51,19 +55,28 @@ class Plan:
         ranks: The global ranks that take part, ascending.
         parameters: What is planned.
         buckets: In the order in which they are run.
+        nodes: Which of them share a node.
     """
 
     ranks: tuple[int, ...]
     parameters: tuple[ParameterSpec, ...]
     buckets: tuple[Bucket, ...]
+    nodes: Nodes
 
     def loads(self) -> dict[int, int]:
         """Cost by owner."""
         loads: Counter[int] = Counter()
         for bucket in self.buckets:
             for assignment in bucket.assignments:
-                loads[assignment.owner] += assignment.count * self.parameters[assignment.parameter].cost
+                loads[assignment.owner] += assignment.cost(self.parameters[assignment.parameter])
         return dict(loads)
+
+    @functools.cached_property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each team that owns a matrix, ascending; the teams by size."""
+        sizes = {bucket.parts for bucket in self.buckets if bucket.parts > 1}
+        owners = {(b.parts, a.owner) for b in self.buckets for a in b.assignments if b.parts > 1}
+        return tuple(team for size in sorted(sizes) for team in teams_of(self.nodes, size) if (size, team[0]) in owners)
 
     @functools.cached_property
     def sole_owners(self) -> dict[int, int]:
@@ -84,14 +97,16 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan, the same in every process that made the same plan."""
-        sha = hashlib.sha256(repr((self.ranks, self.buckets)).encode())
+        sha = hashlib.sha256(repr((self.ranks, self.buckets, self.nodes)).encode())
         for spec in self.parameters:
             sha.update(spec.digest().encode())
         return sha.hexdigest()
 
 
-def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], bucket_numel: int) -> Plan:
-    """Choose owners and put matrices of equal shape together.
+def build_plan(
+    parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], bucket_numel: int, nodes: Nodes | None = None
+) -> Plan:
+    """Choose owners, single ones or teams, and put matrices of equal shape together.
 
     A pure function of its arguments: it reads no rank, clock or hash seed.
 
@@ -99,6 +114,7 @@ def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], buc
         parameters: What is to be planned.
         ranks: The global ranks that take part.
         bucket_numel: Most elements that one rank owns of a bucket; a single matrix may exceed it.
+        nodes: Which ranks share a node; None: all do.
 
     Returns:
         A plan whose buckets hold every matrix once.
@@ -112,17 +128,20 @@ def build_plan(parameters: Sequence[ParameterSpec], *, ranks: Sequence[int], buc
         if (spec.shape, spec.holdings) not in looked_at:
             looked_at.add((spec.shape, spec.holdings))
             check_cover(spec)
-    classes: dict[tuple[int, int, str], list[Assignment]] = {}
-    for assignment in assign(parameters, most_numel=bucket_numel):
-        spec = parameters[assignment.parameter]
-        key = (spec.matrices.rows, spec.matrices.cols, spec.kind)
-        classes.setdefault(key, []).append(assignment)
     ordered = tuple(sorted(ranks))
+    nodes = nodes or one_node(ordered)
+    classes: dict[tuple[int, int, str, int, int], list[Assignment]] = {}
+    for assignment in assign(parameters, most_numel=bucket_numel, nodes=nodes):
+        spec, parts = parameters[assignment.parameter], assignment.parts
+        # flattened convolutions are cut between input channels, so their slabs may differ from those of a matrix
+        extent = spec.shape[spec.slab_axis] if parts > 1 else 0
+        key = (spec.matrices.rows, spec.matrices.cols, spec.kind, parts, extent)
+        classes.setdefault(key, []).append(assignment)
     buckets = []
-    for (rows, cols, _), members in classes.items():
-        for part in _cut(members, parameters, bucket_numel):
-            buckets.append(_bucket(rows, cols, part, parameters, ordered))
-    return Plan(ordered, tuple(parameters), tuple(buckets))
+    for (rows, cols, _, parts, _), members in classes.items():
+        for lot in _cut(members, parameters, bucket_numel):
+            buckets.append(_bucket(rows, cols, parts, lot, parameters, ordered))
+    return Plan(ordered, tuple(parameters), tuple(buckets), nodes)
 
 
 def _cut(
@@ -137,7 +156,8 @@ def _cut(
         by_owner.setdefault(assignment.owner, []).append(assignment)
     lot_of: dict[Assignment, int] = {}
     for owned in by_owner.values():
-        numels = [assignment.count * parameters[assignment.parameter].matrix_numel for assignment in owned]
+        # rounded up, so that the slabs of a team are in one lot
+        numels = [a.count * -(-parameters[a.parameter].matrix_numel // a.parts) for a in owned]
         lot_of.update(zip(owned, lots(numels, bucket_numel), strict=True))
     parts: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of.values()))]
     for assignment in members:
@@ -147,7 +167,7 @@ def _cut(
         stored = []
         for assignment in part:
             spec = parameters[assignment.parameter]
-            box = spec.box_of(assignment.first, assignment.count)
+            box = assignment.box(spec)
             stored.append(max(stored_numel(spec.holdings, box).values()))
         numbers = lots(stored, _RETURNING * bucket_numel)
         cut += [[a for a, n in zip(part, numbers, strict=True) if n == number] for number in range(numbers[-1] + 1)]
@@ -157,6 +177,7 @@ def _cut(
 def _bucket(
     rows: int,
     cols: int,
+    parts: int,
     members: Sequence[Assignment],
     parameters: Sequence[ParameterSpec],
     ranks: tuple[int, ...],
@@ -165,9 +186,9 @@ def _bucket(
     replicated = True
     for assignment in members:
         spec = parameters[assignment.parameter]
-        box = spec.box_of(assignment.first, assignment.count)
+        box = assignment.box(spec)
         stored = stored_numel(spec.holdings, box)
         gathers |= stored.get(assignment.owner) != box.numel
         scatters |= any(rank != assignment.owner for rank in stored)
         replicated &= len(stored) == len(ranks) and all(numel == box.numel for numel in stored.values())
-    return Bucket(rows, cols, tuple(members), gathers, scatters, replicated and len(ranks) > 1)
+    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated and len(ranks) > 1)

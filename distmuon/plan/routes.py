@@ -63,6 +63,8 @@ class Routes:
     Attributes:
         place: By slot that this rank owns, the place of its first matrix in the owned stack.
         matrices: Number of matrices in the owned stack.
+        rows: Rows of each; where a team owns them, of this rank's slab.
+        cols: Columns of each.
         held: Every part that this rank stores: its momentum is blended here. ``start`` says where in the
             gather's send buffer the result goes, None: it is not sent.
         kept: Parts that this rank both stores and hands to itself as the owner, one after another in a
@@ -74,6 +76,8 @@ class Routes:
 
     place: Mapping[int, int]
     matrices: int
+    rows: int
+    cols: int
     held: tuple[Part, ...]
     kept: tuple[Part, ...]
     gather: Leg
@@ -105,13 +109,14 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
     scatter_in: list[list[Part]] = [[] for _ in plan.ranks]
     held, kept, updated = [], [], []
     first: dict[int, int] = {}
-    matrices = 0
+    matrices, shape = 0, (bucket.rows, bucket.cols)
     for slot, assignment in slots:
         spec, owner = plan.parameters[assignment.parameter], assignment.owner
         mine = _stored(spec, assignment, rank)
         if owner == rank:
             first[slot] = matrices
             matrices += assignment.count
+            shape = assignment.shape(spec)
             for box, holders in _pieces(spec, assignment):
                 part = Part(slot, box, None)
                 source = _source(holders, owner, spec)
@@ -139,11 +144,11 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
         scatter = _all_gather_leg(plan, bucket, slots, rank)
     else:
         scatter = _leg(scatter_out, scatter_in)
-    return Routes(first, matrices, placed, _place([kept])[0], gather, tuple(updated), scatter)
+    return Routes(first, matrices, *shape, placed, _place([kept])[0], gather, tuple(updated), scatter)
 
 
 def _stored(spec: ParameterSpec, assignment: Assignment, rank: int) -> Box | None:
-    box = spec.box_of(assignment.first, assignment.count)
+    box = assignment.box(spec)
     for holding in spec.holdings:
         if holding.rank == rank:
             return holding.box.intersect(box)
@@ -156,7 +161,7 @@ def _holders(spec: ParameterSpec, box: Box) -> list[Holding]:
 
 def _pieces(spec: ParameterSpec, assignment: Assignment) -> Iterable[tuple[Box, list[Holding]]]:
     """The distinct boxes that an assignment is stored in, each with everyone who stores it."""
-    whole = spec.box_of(assignment.first, assignment.count)
+    whole = assignment.box(spec)
     pieces: dict[Box, list[Holding]] = {}
     for holding in spec.holdings:
         box = holding.box.intersect(whole)
@@ -194,7 +199,7 @@ def _place(by_rank: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[i
 def _all_gather_leg(plan: Plan, bucket: Bucket, slots: Sequence[tuple[int, Assignment]], rank: int) -> Leg:
     by_owner: dict[int, list[Part]] = {member: [] for member in plan.ranks}
     for slot, assignment in slots:
-        box = plan.parameters[assignment.parameter].box_of(assignment.first, assignment.count)
+        box = assignment.box(plan.parameters[assignment.parameter])
         by_owner[assignment.owner].append(Part(slot, box, None))
     share = max(sum(part.box.numel for part in parts) for parts in by_owner.values())
     sends, receives = [], []

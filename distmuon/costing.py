@@ -1,0 +1,86 @@
+"""What a matrix costs, on one rank and on teams: predictions of the numerics as whole numbers for the plan."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.recipe import Request, choose
+from distmuon.numerics.tables import builtin_speeds
+from distmuon.numerics.teams import team_recipe
+from distmuon.plan.nodes import Nodes, largest
+from distmuon.plan.parameters import TeamCost
+from distmuon.speeds import Link, Speeds
+
+# Teams across nodes grow no further than this
+_MOST = 64
+
+
+def speeds_of(table: CostTable) -> Speeds:
+    """Links and memory as measured with the table, or the built-in estimates of its device."""
+    return table.speeds or builtin_speeds(table.device)
+
+
+def link_of(table: CostTable, nodes: Nodes, size: int) -> Link:
+    """What ranks of a team of ``size`` talk over."""
+    speeds = speeds_of(table)
+    return speeds.local if size <= largest(nodes) else speeds.remote
+
+
+def team_sizes(nodes: Nodes) -> tuple[int, ...]:
+    """Sizes that teams may have: what divides the largest node, and several whole nodes."""
+    most, world = largest(nodes), sum(map(len, nodes))
+    sizes = [size for size in range(2, most + 1) if most % size == 0]
+    size = 2 * most
+    while size <= min(world, _MOST):
+        sizes.append(size)
+        size *= 2
+    return tuple(sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def owner_cost(rows: int, cols: int, device: torch.device, request: Request, table: CostTable) -> int:
+    """Nanoseconds of one owner for a matrix, a whole number so that sums do not depend on their order."""
+    return nanoseconds(choose(rows, cols, device, request, table).seconds(rows, cols, table))
+
+
+@functools.lru_cache(maxsize=4096)
+def team_costs(
+    rows: int, cols: int, extent: int, device: torch.device, request: Request, table: CostTable, nodes: Nodes
+) -> tuple[TeamCost, ...]:
+    """What a matrix costs on teams, as far as larger ones are faster than smaller ones.
+
+    Args:
+        rows: Of a matrix.
+        cols: Of a matrix.
+        extent: Length of the axis of the parameter that is cut: no team has more ranks.
+        device: Where it is multiplied.
+        request: What was asked for.
+        table: Speed of the engines and links.
+        nodes: Which ranks share a node.
+    """
+    recipe = choose(rows, cols, device, request, table)
+    if not teams_run(recipe.engine) or min(rows, cols) < 2:
+        return ()
+    best = owner_cost(rows, cols, device, request, table)
+    found = []
+    for size in team_sizes(nodes):
+        if size > extent:
+            break
+        cost = nanoseconds(team_recipe(rows, cols, recipe, size, table, link_of(table, nodes, size)).seconds)
+        if cost < best:
+            best = cost
+            found.append(TeamCost(size, cost))
+    return tuple(found)
+
+
+def teams_run(engine: str) -> bool:
+    """Whether slabs of a matrix can go through an engine: not through torch's own order of operations."""
+    return engine in ("composed", "gram", "rational")
+
+
+def nanoseconds(seconds: float) -> int:
+    """Rounded, and 1 at least."""
+    return max(1, round(1e9 * seconds))

@@ -1,0 +1,74 @@
+"""When buckets set out and when their updates are applied: as far ahead as memory allows.
+
+A rank that owns nothing of a bucket has no reason to wait for those that do. So buckets are gathered before their
+turn, and updates applied after it, for as long as no rank holds more than it would with one bucket arriving and one
+leaving at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distmuon.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """By bucket, in the order in which they are orthogonalized.
+
+    Attributes:
+        begun: Gathers of so many buckets are under way, or done, when this one is orthogonalized.
+        settled: Updates of so many buckets have been applied when this one's set out.
+    """
+
+    begun: tuple[int, ...]
+    settled: tuple[int, ...]
+
+
+def schedule(plan: Plan) -> Schedule:
+    """How far ahead buckets are gathered, and how long updates may be on their way.
+
+    A pure function of the plan, so that all ranks start the same exchanges in the same order.
+    """
+    held = [bucket.owned_numel() for bucket in plan.buckets]
+    # what all ranks send together is what they own; each sends about its share
+    shares = [sum(numels.values()) / len(plan.ranks) for numels in held]
+    begun = _reach(held, shares)
+    # updates leave in the order in which gathers arrive, so the same windows serve from behind
+    backwards = _reach(held[::-1], shares[::-1])[::-1]
+    settled = tuple(len(held) - reach for reach in backwards)
+    return Schedule(begun, settled)
+
+
+def _reach(held: Sequence[Counter[int]], shares: Sequence[float]) -> tuple[int, ...]:
+    """For each bucket the end of the longest run from it on that no rank is too small for."""
+    count = len(held)
+    most = max((_fullest(held, shares, first, first + 2) for first in range(count)), default=0.0)
+    ends = []
+    end = 0
+    window: Counter[int] = Counter()
+    share = 0.0
+    for first in range(count):
+        while end < count:
+            candidate = share + shares[end]
+            fits = all(window[rank] + numel + candidate <= most for rank, numel in held[end].items())
+            # others of the window hold no more of it, but send their share
+            fits = fits and max(window.values(), default=0) + candidate <= most
+            if end > first + 1 and not fits:
+                break
+            window.update(held[end])
+            share = candidate
+            end += 1
+        ends.append(end)
+        window.subtract(held[first])
+        share -= shares[first]
+    return tuple(ends)
+
+
+def _fullest(held: Sequence[Counter[int]], shares: Sequence[float], first: int, end: int) -> float:
+    window: Counter[int] = Counter()
+    for numels in held[first:end]:
+        window.update(numels)
+    return max(window.values(), default=0) + sum(shares[first:end])

@@ -1,0 +1,80 @@
+"""How fast a cluster moves what the optimizer moves: links between ranks, and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a collective takes over one class of links.
+
+    The rates are of the bytes that leave a rank by the usual algorithm (each collective's method says which), so on
+    an ideal network the three are equal.
+
+    Attributes:
+        latency: Seconds of a collective, whatever its size.
+        exchange: Seconds a byte of an all-to-all.
+        reduce: Seconds a byte of an all-reduce.
+        gather: Seconds a byte of an all-gather.
+    """
+
+    latency: float
+    exchange: float
+    reduce: float
+    gather: float
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{key}={value}: seconds are finite and not negative.")
+
+    def all_to_all(self, sent: float, received: float) -> float:
+        """Seconds of an all-to-all, of bytes that leave a rank and that reach it; both ways are used at a time."""
+        return self.latency + self.exchange * max(sent, received)
+
+    def all_reduce(self, nbytes: float, ranks: int) -> float:
+        """Seconds of an all-reduce of ``nbytes``, of which ``2 (ranks - 1) / ranks`` leave each rank."""
+        return 0.0 if ranks == 1 else self.latency + self.reduce * nbytes * 2 * (ranks - 1) / ranks
+
+    def all_gather(self, nbytes: float, ranks: int) -> float:
+        """Seconds to bring ``nbytes`` together of equal parts; ``(ranks - 1) / ranks`` reach each rank."""
+        return 0.0 if ranks == 1 else self.latency + self.gather * nbytes * (ranks - 1) / ranks
+
+    @classmethod
+    def of(cls, *, gigabytes: float, latency: float) -> Link:
+        """An ideal link.
+
+        Args:
+            gigabytes: GB/s of a rank in each direction.
+            latency: Seconds.
+        """
+        return cls(latency, *(1e-9 / gigabytes,) * 3)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What moving elements takes beside orthogonalizing them.
+
+    Attributes:
+        local: Links between ranks of one node.
+        remote: Links between nodes.
+        blend: Seconds an element of a shard whose momentum is blended into what travels.
+        copy: Seconds an element of a matrix that is packed or unpacked.
+        apply: Seconds an element of a shard that is decayed and takes its update.
+    """
+
+    local: Link
+    remote: Link
+    blend: float = 0.0
+    copy: float = 0.0
+    apply: float = 0.0
+
+    @classmethod
+    def parse(cls, found: Mapping[str, Any]) -> Speeds:
+        """From parsed JSON, as :func:`dataclasses.asdict` writes it."""
+        passes = {key: float(found[key]) for key in ("blend", "copy", "apply")}
+        return cls(Link(**found["local"]), Link(**found["remote"]), **passes)
