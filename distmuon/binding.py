@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,26 +21,33 @@ from distmuon.comm.group import (
     distributed,
     from_every_rank,
     group_of,
+    host,
     mesh_ranks,
     own_rank,
     prefers_all_gather,
     warm_up,
 )
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
+from distmuon.comm.team import form_teams
+from distmuon.costing import owner_cost, team_costs
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
-from distmuon.numerics.recipe import Request, choose
+from distmuon.numerics.hardware import device_class
+from distmuon.numerics.recipe import Request
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.boxes import Box
 from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.nodes import Nodes, one_node
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan, build_plan
 from distmuon.stats import StepClock
 
+logger = logging.getLogger("distmuon")
+
 Key: TypeAlias = "tuple[str, tuple[int, ...]]"
 # Settings that decide what is exchanged and computed, so that ranks must agree on them
-_COMPARED = ("bucket_bytes", "ns_dtype", "ns_engine", "wire_dtype", "foreach", "compile", "replicas")
+_COMPARED = ("bucket_bytes", "ns_dtype", "ns_engine", "wire_dtype", "foreach", "compile", "replicas", "teams")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Fact:
         use_muon: Whether it is on Muon.
         flatten: Whether its axes after the first are joined.
         iteration: What matrices of one bucket have in common beside shape and dtype.
+        request: How its matrices are orthogonalized; None for AdamW.
         settings: What decides its update, for comparison.
         cost: Nanoseconds that one of its matrices takes on this rank; the lowest rank's word counts.
         layout: Where it lies.
@@ -61,6 +71,7 @@ class Fact:
     use_muon: bool
     flatten: bool
     iteration: str
+    request: Request | None
     settings: str
     cost: int
     layout: LocalLayout
@@ -69,6 +80,17 @@ class Fact:
     def key(self) -> Key:
         """What tells parameters apart: experts of two meshes may share a name."""
         return self.name, self.layout.ranks
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What one rank tells all others when they plan."""
+
+    settings: str
+    table: CostTable
+    host: str
+    hardware: str
+    facts: list[Fact]
 
 
 @dataclass(frozen=True)
@@ -159,7 +181,8 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
         device = alone[0].param.device
         options.check_table(device)
         table = options.table(device)
-        parts.append(_part(alone, facts, (own_rank(),), LocalExchange(), device, None, options, table, clock))
+        nodes = one_node((own_rank(),))
+        parts.append(_part(alone, facts, nodes, LocalExchange(), device, None, options, table, clock))
     return Binding(parts, [(list(group["params"]), _bound_settings(group)) for group in groups])
 
 
@@ -186,27 +209,40 @@ def _shared(
     raise_on_all(group, error)
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
     settings = repr(tuple(getattr(options, key) for key in _COMPARED))
-    told = from_every_rank((settings, options.table(device), [entry.fact for entry in mine]), group)
+    said = _Said(settings, options.table(device), host(), device_class(device), [entry.fact for entry in mine])
+    told: list[_Said] = from_every_rank(said, group)
     part: Part | None = None
     try:
-        _compare_settings(ranks, [theirs for theirs, _, _ in told])
-        facts = {rank: said for rank, (_, _, said) in zip(ranks, told, strict=True)}
+        _compare_settings(ranks, [theirs.settings for theirs in told])
+        facts = {rank: theirs.facts for rank, theirs in zip(ranks, told, strict=True)}
+        nodes = _nodes(ranks, [theirs.host for theirs in told])
+        if options.teams and len({theirs.hardware for theirs in told}) > 1:
+            # a team's ranks have to multiply alike, and these would choose other dtypes for the same matrix
+            logger.warning("no matrix is owned by a team, as the devices of the ranks are of several kinds")
+            options = dataclasses.replace(options, teams=False)
         # one rank's table for all: engines chosen by their own could differ between unlike machines
-        _, table, _ = told[0]
-        part = _part(mine, facts, ranks, GroupExchange(group), device, group, options, table, clock)
+        part = _part(mine, facts, nodes, GroupExchange(group), device, group, options, told[0].table, clock)
     except ValueError as raised:
         error = raised
     raise_on_all(group, error)
     assert part is not None, "an error was raised on all ranks"
     _compare_digests(group, ranks, part.pipeline.plan)
     warm_up(group, device)
+    part.pipeline.teams = form_teams(part.pipeline.plan.teams, group)
     return part
+
+
+def _nodes(ranks: Sequence[int], hosts: Sequence[str]) -> Nodes:
+    found: dict[str, list[int]] = {}
+    for rank, name in zip(ranks, hosts, strict=True):
+        found.setdefault(name, []).append(rank)
+    return tuple(tuple(members) for members in found.values())
 
 
 def _part(
     mine: Sequence[Entry],
     facts: dict[int, list[Fact]],
-    ranks: tuple[int, ...],
+    nodes: Nodes,
     exchange: Exchange,
     device: torch.device,
     group: ProcessGroup | None,
@@ -219,10 +255,15 @@ def _part(
     specs, planned = [], []
     for number, (holdings, fact) in enumerate(merged.values()):
         if fact.use_muon:
-            found = list(_specs(holdings, fact, options))
+            found = list(_specs(holdings, fact, options, table, device, nodes))
             specs += found
             planned += [number] * len(found)
-    plan = build_plan(specs, ranks=ranks, bucket_numel=max(1, options.bucket_bytes // options.wire_dtype.itemsize))
+    plan = build_plan(
+        specs,
+        ranks=tuple(facts),
+        bucket_numel=max(1, options.bucket_bytes // options.wire_dtype.itemsize),
+        nodes=nodes,
+    )
     by_key = {entry.fact.key: entry for entry in mine}
     entries = {number: by_key[key] for number, key in enumerate(keys) if key in by_key}
     rank = own_rank()
@@ -253,7 +294,7 @@ def _part(
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
         use_muon, settings, iteration = group["use_muon"], "adamw", ""
-        request = None
+        request: Request | None = None
         if use_muon:
             request = options.request(group)
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
@@ -262,16 +303,15 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
             cost = 0 if request is None else _nanoseconds(name, layout, group["flatten"], request, options)
-            yield Entry(param, Fact(name, index, use_muon, group["flatten"], iteration, settings, cost, layout))
+            fact = Fact(name, index, use_muon, group["flatten"], iteration, request, settings, cost, layout)
+            yield Entry(param, fact)
 
 
 def _nanoseconds(name: str, layout: LocalLayout, flatten: bool, request: Request, options: Options) -> int:
-    """Predicted time of one matrix of a parameter, a whole number so that sums do not depend on their order."""
+    """Predicted time of one matrix of a parameter."""
     spec = matrix_spec(name, layout.shape, flatten=flatten)
     device = torch.device(layout.device)
-    table = options.table(device)
-    recipe = choose(spec.rows, spec.cols, device, request, table)
-    return max(1, round(1e9 * recipe.seconds(spec.rows, spec.cols, table)))
+    return owner_cost(spec.rows, spec.cols, device, request, options.table(device))
 
 
 def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
@@ -352,7 +392,9 @@ def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> N
     )
 
 
-def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterator[ParameterSpec]:
+def _specs(
+    holdings: Sequence[Holding], fact: Fact, options: Options, table: CostTable, device: torch.device, nodes: Nodes
+) -> Iterator[ParameterSpec]:
     layout = fact.layout
     matrices = matrix_spec(fact.name, layout.shape, flatten=fact.flatten)
     by_replica: dict[tuple[int, ...], list[Holding]] = {}
@@ -360,7 +402,7 @@ def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterato
         # an update that each replica computes for itself is that of a parameter of its own
         by_replica.setdefault(holding.replica if options.replicas == "repeat" else (), []).append(holding)
     for members in by_replica.values():
-        yield ParameterSpec(
+        spec = ParameterSpec(
             matrices=matrices,
             shape=layout.shape,
             holdings=tuple(members),
@@ -368,6 +410,13 @@ def _specs(holdings: Sequence[Holding], fact: Fact, options: Options) -> Iterato
             kind=f"{layout.device} {layout.dtype} {fact.iteration}",
             cost=fact.cost,
         )
+        if options.teams and fact.request is not None:
+            extent = layout.shape[spec.slab_axis]
+            # ranks have devices of other numbers, and one plan
+            kind = torch.device(device.type)
+            teams = team_costs(matrices.rows, matrices.cols, extent, kind, fact.request, table, nodes)
+            spec = dataclasses.replace(spec, teams=teams)
+        yield spec
 
 
 def _shard_numbers(holdings: Sequence[Holding]) -> dict[int, int]:

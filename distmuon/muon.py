@@ -97,6 +97,8 @@ class Muon(Optimizer):
             matrices are rounded to it anyway.
         replicas: ``"share"`` spreads the matrices over the replicas of HSDP and DDP; ``"repeat"`` lets each
             replica compute all updates for itself, and nothing travels between replicas.
+        teams: Whether several ranks may own a matrix together, each a slab of it, where the cost table says that
+            a step ends sooner; the update then is that of one owner but for rounding. False: one owner each.
         static_grads: Promise that the same parameters have gradients in every step, on all ranks, from the
             first one on: saves the small all-reduce that asks every rank.
         step_stats: Time the phases of each step, for :meth:`last_step_stats`; waits for the device.
@@ -137,6 +139,7 @@ class Muon(Optimizer):
         mesh: Mesh | None = None,
         wire_dtype: torch.dtype | None = None,
         replicas: str = "share",
+        teams: bool = True,
         static_grads: bool = False,
         step_stats: bool = False,
         maximize: bool = False,
@@ -157,6 +160,7 @@ class Muon(Optimizer):
             bucket_bytes=bucket_bytes,
             wire_dtype=ns_dtype if wire_dtype is None else wire_dtype,
             replicas=replicas,
+            teams=teams,
             static_grads=static_grads,
             step_stats=step_stats,
         )

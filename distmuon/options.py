@@ -38,6 +38,7 @@ class Options:
     bucket_bytes: int
     wire_dtype: torch.dtype
     replicas: str
+    teams: bool
     static_grads: bool
     step_stats: bool
 
@@ -60,6 +61,8 @@ class Options:
                 "foreach=False takes the operations of torch.optim.Muon in their order, and "
                 f"ns_engine={self.ns_engine!r} others: drop one of them."
             )
+        if not isinstance(self.teams, bool):
+            raise TypeError(f"teams={self.teams!r}: it is True or False; the cost table decides how large teams are.")
         if self.replicas not in ("share", "repeat"):
             raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
         if self.bucket_bytes < 1:

@@ -1,7 +1,9 @@
-"""What overlaps what: while one bucket is orthogonalized, the next arrives and the last one goes home."""
+"""What overlaps what: while one bucket is orthogonalized, the next ones arrive and the last ones go home."""
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,15 +12,19 @@ from torch import Tensor
 
 from distmuon.comm.buffers import BufferPool
 from distmuon.comm.exchange import Exchange, Transfer
+from distmuon.costing import link_of
 from distmuon.groups import Group
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import choose
+from distmuon.numerics.slabs import Team, orthogonalize_slabs_
+from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
 from distmuon.plan.boxes import Box
 from distmuon.plan.plan import Bucket, Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
+from distmuon.plan.schedule import Schedule, schedule
 from distmuon.stats import StepClock
 
 
@@ -55,7 +61,7 @@ class _Flight:
 class Pipeline:
     """Runs the buckets of one plan on one rank.
 
-    At any time at most one bucket is arriving, one is computed and one is leaving: see :meth:`buffer_bytes`.
+    How many buckets are under way at a time is said by the plan's schedule.
 
     Attributes:
         plan: What to do.
@@ -66,6 +72,7 @@ class Pipeline:
         table: Speed of the engines, the same on all ranks.
         all_gather: Whether updates of replicated buckets come back by all-gather.
         clock: Times the phases.
+        teams: Those that this rank is in, by size.
         pool: Lends the buffers.
         bytes_sent: Bytes that left this rank in the last step, padding of an all-gather included.
         owner_gradients: Whether a matrix of one owner has its gradient there alone, so that momentum is kept
@@ -80,21 +87,39 @@ class Pipeline:
     table: CostTable
     all_gather: bool
     clock: StepClock
+    teams: Mapping[int, Team] = field(default_factory=dict)
     pool: BufferPool = field(default_factory=BufferPool)
     bytes_sent: int = 0
     owner_gradients: bool = False
     _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
 
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """When buckets set out, the same on every rank."""
+        return schedule(self.plan)
+
     def buffer_bytes(self) -> int:
-        """Most bytes of buffers at once on this rank: of one bucket each that arrives, is computed and leaves."""
-        arriving, computed, leaving = 0, 0, 0
+        """Most bytes of buffers at once on this rank: of buckets that arrive, are computed, or leave."""
+        arriving, computed, leaving = [], [], []
         for number, bucket in enumerate(self.plan.buckets):
             routes = self._route(number, bucket, (True,) * len(self.plan.parameters))
             kept = sum(part.box.numel for part in routes.kept)
-            arriving = max(arriving, routes.gather.send_numel + routes.gather.receive_numel + kept)
-            computed = max(computed, routes.matrices * bucket.rows * bucket.cols)
-            leaving = max(leaving, routes.scatter.send_numel + routes.scatter.receive_numel)
-        return (arriving + computed + leaving) * self._dtype.itemsize
+            arriving.append(routes.gather.send_numel + routes.gather.receive_numel + kept)
+            computed.append(routes.matrices * routes.rows * routes.cols)
+            leaving.append(routes.scatter.send_numel + routes.scatter.receive_numel)
+        most = 0
+        for number, own in enumerate(computed):
+            begun, settled = self.schedule.begun[number], self.schedule.settled[number]
+            # of this bucket what arrives is unpacked before others are sent, and its update leaves after others settle
+            ahead = arriving[number] + own + sum(leaving[self._settled_before(number) : number])
+            computing = own + sum(arriving[number + 1 : begun]) + sum(leaving[self._settled_before(number) : number])
+            sent = own + sum(arriving[number + 1 : begun]) + sum(leaving[settled : number + 1])
+            most = max(most, ahead, computing, sent)
+        return most * self._dtype.itemsize
+
+    def _settled_before(self, number: int) -> int:
+        """Buckets whose updates have been applied when it is a bucket's turn."""
+        return self.schedule.settled[number - 1] if number else 0
 
     def run(self, groups: Sequence[Group], local: Mapping[int, LocalParameter], active: Sequence[bool]) -> None:
         """Update the parameters of the plan in place.
@@ -109,29 +134,35 @@ class Pipeline:
         """
         chosen = tuple(active)
         steps = [
-            (number, bucket)
+            number
             for number, bucket in enumerate(self.plan.buckets)
             if any(chosen[assignment.parameter] for assignment in bucket.assignments)
         ]
         self.bytes_sent = 0
-        if not steps:
-            return
+        waiting = deque(steps)
+        arriving: deque[_Flight] = deque()
+        leaving: deque[tuple[int, _Flight]] = deque()
+
+        def begin(end: int) -> None:
+            while waiting and waiting[0] < end:
+                number = waiting.popleft()
+                arriving.append(self._gather(number, self.plan.buckets[number], groups, local, chosen))
+
+        def settle(end: int) -> None:
+            while leaving and leaving[0][0] < end:
+                self._apply_received(leaving.popleft()[1], groups, local)
+
         try:
-            arriving: _Flight | None = self._gather(*steps[0], groups, local, chosen)
-            leaving: _Flight | None = None
-            for position in range(len(steps)):
-                current = arriving
-                assert current is not None
+            for number in steps:
+                begin(number + 1)
+                current = arriving.popleft()
                 self._unpack(current)
-                following = position + 1
-                arriving = self._gather(*steps[following], groups, local, chosen) if following < len(steps) else None
+                begin(self.schedule.begun[number])
                 self._orthogonalize(current, groups)
-                if leaving is not None:
-                    self._apply_received(leaving, groups, local)
+                settle(self.schedule.settled[number])
                 self._scatter(current, groups, local)
-                leaving = current
-            assert leaving is not None
-            self._apply_received(leaving, groups, local)
+                leaving.append((number, current))
+            settle(len(self.plan.buckets))
         except BaseException:
             self.pool.clear()
             raise
@@ -155,7 +186,7 @@ class Pipeline:
         # with nothing to wait for, what is kept is blended straight into the stack of matrices
         whole = leg.receive_numel == 0
         if whole:
-            flight.matrices = kept.view(routes.matrices, bucket.rows, bucket.cols)
+            flight.matrices = kept.view(routes.matrices, routes.rows, routes.cols)
         with self.clock.phase("pack", self.device):
             self._blend(flight, groups, local, whole=whole)
         if bucket.gathers:
@@ -199,8 +230,8 @@ class Pipeline:
         self.pool.give(gather.send)
         if flight.matrices is None:
             with self.clock.phase("unpack", self.device):
-                stack = self.pool.take(routes.matrices * bucket.rows * bucket.cols, self._dtype, self.device)
-                flight.matrices = stack.view(routes.matrices, bucket.rows, bucket.cols)
+                stack = self.pool.take(routes.matrices * routes.rows * routes.cols, self._dtype, self.device)
+                flight.matrices = stack.view(routes.matrices, routes.rows, routes.cols)
                 for part in routes.gather.receives:
                     self._view(flight, part).copy_(_packed(gather.receive, part))
                 for part in routes.kept:
@@ -215,12 +246,16 @@ class Pipeline:
         # matrices of one bucket share their iteration, whatever groups they are in
         slot = next(iter(flight.routes.place))
         group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
-        rows, cols = flight.bucket.rows, flight.bucket.cols
+        rows, cols, size = flight.bucket.rows, flight.bucket.cols, flight.bucket.parts
         recipe = choose(rows, cols, self.device, self.options.request(group), self.table)
+        eps, dtype = group["eps"], self.options.ns_dtype
         with self.clock.phase("ns", self.device):
-            orthogonalize_(
-                flight.matrices, recipe, eps=group["eps"], dtype=self.options.ns_dtype, compile=self.options.compile
-            )
+            if size == 1:
+                orthogonalize_(flight.matrices, recipe, eps=eps, dtype=dtype, compile=self.options.compile)
+                return
+            link = link_of(self.table, self.plan.nodes, size)
+            way = team_recipe(rows, cols, recipe, size, self.table, link)
+            orthogonalize_slabs_(flight.matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, and meanwhile apply those that are at home already."""
@@ -290,7 +325,7 @@ class Pipeline:
         assignment = flight.bucket.assignments[part.slot]
         spec = self.plan.parameters[assignment.parameter]
         first = flight.routes.place[part.slot]
-        outer = spec.box_of(assignment.first, assignment.count)
+        outer = assignment.box(spec)
         stack = flight.matrices[first : first + assignment.count].view(outer.sizes)
         return _at(stack, part.box, outer)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,11 +22,20 @@ Mesh: TypeAlias = "DeviceMesh | ProcessGroup"
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
     weakref.WeakKeyDictionary()
 )
+_SPLIT: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def distributed() -> bool:
     """Whether this process has a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def host() -> str:
+    """What ranks of one node have in common: the machine, and the agent that started them where one did."""
+    agent = os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", ""))
+    return f"{socket.gethostname()} {agent}"
 
 
 def own_rank() -> int:
@@ -72,6 +83,31 @@ def group_of(ranks: tuple[int, ...], meshes: Iterable[Mesh]) -> dist.ProcessGrou
         for axis in range(mesh.ndim):
             if mesh.size(axis) == len(ranks):  # the other axes have one rank each
                 return mesh.get_group(axis)
+    return _group_of_exactly(ranks)
+
+
+def team_group(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """The process group of that one of ``teams`` which this rank is in; None if it is in none.
+
+    Args:
+        teams: Global ranks; no two have one in common.
+        group: Of all ranks that call this together with the same teams.
+    """
+    world = default_group()
+    mine = next((ranks for ranks in teams if own_rank() in ranks), None)
+    members = dist.get_process_group_ranks(group)
+    if world.bound_device_id is None or teams == [tuple(members)]:
+        return None if mine is None else _group_of_exactly(mine)
+    # a communicator of NCCL that is up already is split by all of its ranks together
+    made = _SPLIT.setdefault(group, {})
+    key = tuple(teams)
+    if key not in made:
+        made[key] = dist.split_group(group, [[members.index(rank) for rank in ranks] for ranks in teams])
+    return made[key]
+
+
+def _group_of_exactly(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A process group of these ranks, that of the job or a new one; they call this together."""
     world = default_group()
     if len(ranks) == dist.get_world_size():
         return world

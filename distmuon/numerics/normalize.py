@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torch import Tensor
 _SMALLEST, _LARGEST = 1e-12, 1e18
 
 
-def normalize(x: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, eps: float, add_up: Callable[[Tensor], None] | None = None) -> Tensor:
     """Divide each matrix by its Frobenius norm.
 
     Where squares of entries would leave float32, the largest entry is divided out first.
@@ -17,6 +19,7 @@ def normalize(x: Tensor, eps: float) -> Tensor:
     Args:
         x: ``(b, m, n)``.
         eps: Smallest norm to divide by.
+        add_up: Where ``x`` holds slabs of matrices: adds a tensor up over all who hold one, in place.
 
     Returns:
         A new tensor of the same shape, float32 or wider. Zero stays zero, and NaN or Inf become NaN.
@@ -26,7 +29,7 @@ def normalize(x: Tensor, eps: float) -> Tensor:
     ordinary = (norm > _SMALLEST) & (norm < _LARGEST)
     peak = torch.ones_like(norm)
     # reading the answer costs nothing on a CPU; an accelerator would have to be waited for
-    if x.device.type != "cpu" or not ordinary.all():
+    if x.numel() and (x.device.type != "cpu" or not ordinary.all()):
         flat = wide.flatten(1)
         # the infinity norm of torch takes 20 times as long
         largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())[:, None, None]
@@ -34,6 +37,11 @@ def normalize(x: Tensor, eps: float) -> Tensor:
         peak = torch.where(ordinary | (largest == 0), peak, largest)
         wide.div_(peak)
         norm = _norms(wide)
+    if add_up is not None:
+        # squares of anything in float32 are well inside float64
+        squares = (norm.double() * peak).square_()
+        add_up(squares)
+        norm = squares.sqrt_().div_(peak).to(norm.dtype)
     norm = torch.where(norm == 0, torch.ones_like(norm), norm)
     if eps > 0.0:
         norm = torch.maximum(norm, eps / peak)

@@ -21,7 +21,7 @@ class Products(Protocol):
     """A way to make symmetric products."""
 
     def gram(self, x: Tensor) -> Tensor:
-        """``X X^T`` of wide or square ``X``, ``X^T X`` of tall: a square of the short side."""
+        """``X X^T``; of tall matrices :func:`as_wide` takes the smaller square."""
 
     def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """``beta add + alpha A B``, where the three are symmetric and commute."""
@@ -33,8 +33,7 @@ class Whole:
 
     def gram(self, x: Tensor) -> Tensor:
         """See :class:`Products`."""
-        wide = as_wide(x)
-        return wide @ wide.mT
+        return x @ x.mT
 
     def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """See :class:`Products`."""
@@ -50,20 +49,19 @@ class Strips:
 
     def gram(self, x: Tensor) -> Tensor:
         """See :class:`Products`."""
-        wide = as_wide(x)
-        out = wide.new_empty(wide.size(0), wide.size(0))
-        for top, bottom in _strips(wide.size(0)):
-            torch.mm(wide[top:bottom], wide[top:].mT, out=out[top:bottom, top:])
-            _mirror(out, top, bottom)
+        out = x.new_empty(x.size(0), x.size(0))
+        for top, bottom in strips(x.size(0)):
+            torch.mm(x[top:bottom], x[top:].mT, out=out[top:bottom, top:])
+            mirror(out, top, bottom)
         return out
 
     def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """See :class:`Products`."""
         out = torch.empty_like(a)
-        for top, bottom in _strips(a.size(0)):
+        for top, bottom in strips(a.size(0)):
             place = out[top:bottom, top:]
             torch.addmm(add[top:bottom, top:], a[top:bottom], b[:, top:], beta=beta, alpha=alpha, out=place)
-            _mirror(out, top, bottom)
+            mirror(out, top, bottom)
         return out
 
 
@@ -75,7 +73,7 @@ class Kernels:
         """See :class:`Products`."""
         from distmuon.numerics.kernels import symmetric
 
-        return symmetric.gram(as_wide(x))
+        return symmetric.gram(x)
 
     def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
         """See :class:`Products`."""
@@ -95,12 +93,12 @@ def addmm(add: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0)
     return function(add, a, b, beta=beta, alpha=alpha)
 
 
-def _strips(rows: int) -> list[tuple[int, int]]:
+def strips(rows: int) -> list[tuple[int, int]]:
     """First and last row (exclusive) of each strip, by the number of rows alone."""
     count = max(1, min(_MOST_STRIPS, rows // _STRIP_ROWS))
     return [(rows * k // count, rows * (k + 1) // count) for k in range(count)]
 
 
-def _mirror(out: Tensor, top: int, bottom: int) -> None:
+def mirror(out: Tensor, top: int, bottom: int) -> None:
     """Copy what lies right of a strip's diagonal block to below it."""
     out[bottom:, top:bottom] = out[top:bottom, bottom:].mT

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distmuon.numerics.coefficients import Stage
-from distmuon.numerics.products import Products, addmm
+from distmuon.numerics.products import Products, addmm, as_wide
 
 
 def run(x: Tensor, stages: Sequence[Stage], restarts: Sequence[int], products: Products) -> Tensor:
@@ -34,7 +34,7 @@ def run(x: Tensor, stages: Sequence[Stage], restarts: Sequence[int], products: P
         A new tensor of the shape of ``x``, row-major.
     """
     for first, end in zip(restarts, [*restarts[1:], len(stages)], strict=True):
-        constant, rest = iterate(products.gram(x), stages[first:end], products)
+        constant, rest = iterate(products.gram(as_wide(x)), stages[first:end], products)
         x = apply(x, constant, rest)
     return x
 

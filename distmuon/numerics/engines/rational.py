@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distmuon.numerics.coefficients import resolve_stages
 from distmuon.numerics.engines import gram as polynomials
-from distmuon.numerics.products import Products
+from distmuon.numerics.products import Products, as_wide
 from distmuon.numerics.rationals import Rational
 
 
@@ -26,7 +26,7 @@ def run(x: Tensor, rational: Rational, products: Products) -> Tensor:
     Returns:
         A new tensor of the shape of ``x``, row-major; NaN for a matrix that holds NaN or Inf.
     """
-    gram = products.gram(x)
+    gram = products.gram(as_wide(x))
     rest, failed = evaluate(gram, rational)
     y = polynomials.apply(x, rational.constant, rest)
     if failed.any():
@@ -51,14 +51,20 @@ def evaluate(gram: Tensor, rational: Rational) -> tuple[Tensor, Tensor]:
     """
     rest = gram * rational.linear
     failed = torch.zeros(gram.shape[:-2], dtype=torch.bool, device=gram.device)
-    for weight, shift in rational.poles:
-        shifted = gram.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if info.any():
-            failed |= info != 0
-            # what is left of a factorization may have a zero on its diagonal, which the inverse refuses
-            factor[failed] = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
-        # not add_(alpha=...), which rounds the last elements of a tensor otherwise than those in full vectors
-        rest.add_(torch.cholesky_inverse(factor).mul_(weight))
+    for pole in rational.poles:
+        failed |= add_inverse(rest, gram, *pole)
     return rest, failed
+
+
+def add_inverse(rest: Tensor, gram: Tensor, weight: float, shift: float) -> Tensor:
+    """Add ``weight (R + shift)^(-1)`` to ``rest``, and say for which matrices this failed."""
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    failed = info != 0
+    if failed.any():
+        # what is left of a factorization may have a zero on its diagonal, which the inverse refuses
+        factor[failed] = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
+    # not add_(alpha=...), which rounds the last elements of a tensor otherwise than those in full vectors
+    rest.add_(torch.cholesky_inverse(factor).mul_(weight))
+    return failed
