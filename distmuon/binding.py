@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from distmuon.comm.group import (
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.costing import owner_cost, team_costs
+from distmuon.facts import Fact, Key, Said, compare_settings, merge, nodes_of
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
@@ -45,52 +46,8 @@ from distmuon.stats import StepClock
 
 logger = logging.getLogger("distmuon")
 
-Key: TypeAlias = "tuple[str, tuple[int, ...]]"
 # Settings that decide what is exchanged and computed, so that ranks must agree on them
 _COMPARED = ("bucket_bytes", "ns_dtype", "ns_engine", "wire_dtype", "foreach", "compile", "replicas", "teams")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What one rank says of one parameter. All but ``cost``, ``layout.replica`` and ``layout.box`` must agree.
-
-    Attributes:
-        name: The parameter's name.
-        group: Index of its group.
-        use_muon: Whether it is on Muon.
-        flatten: Whether its axes after the first are joined.
-        iteration: What matrices of one bucket have in common beside shape and dtype.
-        request: How its matrices are orthogonalized; None for AdamW.
-        settings: What decides its update, for comparison.
-        cost: Nanoseconds that one of its matrices takes on this rank; the lowest rank's word counts.
-        layout: Where it lies.
-    """
-
-    name: str
-    group: int
-    use_muon: bool
-    flatten: bool
-    iteration: str
-    request: Request | None
-    settings: str
-    cost: int
-    layout: LocalLayout
-
-    @property
-    def key(self) -> Key:
-        """What tells parameters apart: experts of two meshes may share a name."""
-        return self.name, self.layout.ranks
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What one rank tells all others when they plan."""
-
-    settings: str
-    table: CostTable
-    host: str
-    hardware: str
-    facts: list[Fact]
 
 
 @dataclass(frozen=True)
@@ -209,13 +166,13 @@ def _shared(
     raise_on_all(group, error)
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
     settings = repr(tuple(getattr(options, key) for key in _COMPARED))
-    said = _Said(settings, options.table(device), host(), device_class(device), [entry.fact for entry in mine])
-    told: list[_Said] = from_every_rank(said, group)
+    said = Said(settings, options.table(device), host(), device_class(device), [entry.fact for entry in mine])
+    told: list[Said] = from_every_rank(said, group)
     part: Part | None = None
     try:
-        _compare_settings(ranks, [theirs.settings for theirs in told])
+        compare_settings(_COMPARED, ranks, [theirs.settings for theirs in told])
         facts = {rank: theirs.facts for rank, theirs in zip(ranks, told, strict=True)}
-        nodes = _nodes(ranks, [theirs.host for theirs in told])
+        nodes = nodes_of(ranks, [theirs.host for theirs in told])
         if options.teams and len({theirs.hardware for theirs in told}) > 1:
             # a team's ranks have to multiply alike, and these would choose other dtypes for the same matrix
             logger.warning("no matrix is owned by a team, as the devices of the ranks are of several kinds")
@@ -232,13 +189,6 @@ def _shared(
     return part
 
 
-def _nodes(ranks: Sequence[int], hosts: Sequence[str]) -> Nodes:
-    found: dict[str, list[int]] = {}
-    for rank, name in zip(ranks, hosts, strict=True):
-        found.setdefault(name, []).append(rank)
-    return tuple(tuple(members) for members in found.values())
-
-
 def _part(
     mine: Sequence[Entry],
     facts: dict[int, list[Fact]],
@@ -250,7 +200,7 @@ def _part(
     table: CostTable,
     clock: StepClock,
 ) -> Part:
-    merged = _merge(facts)
+    merged = merge(facts)
     keys = tuple(merged)
     specs, planned = [], []
     for number, (holdings, fact) in enumerate(merged.values()):
@@ -322,58 +272,6 @@ def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
             if dtensor is not None and id(dtensor.device_mesh) not in seen:
                 seen.add(id(dtensor.device_mesh))
                 yield dtensor.device_mesh
-
-
-def _merge(facts: dict[int, list[Fact]]) -> dict[Key, tuple[list[Holding], Fact]]:
-    """Put together what the ranks say of each parameter, in the order in which the lowest ranks list them.
-
-    Raises:
-        ValueError: if a parameter is missing on a rank that should store some of it, or differs.
-    """
-    merged: dict[Key, tuple[list[Holding], Fact]] = {}
-    first_rank: dict[Key, int] = {}
-    for rank, said in facts.items():
-        for fact in said:
-            holdings, first = merged.setdefault(fact.key, ([], fact))
-            first_rank.setdefault(fact.key, rank)
-            _compare(first, first_rank[fact.key], fact, rank)
-            holdings.append(Holding(rank, fact.layout.box, fact.layout.replica))
-    for (name, ranks), (holdings, fact) in merged.items():
-        present = {holding.rank for holding in holdings}
-        for rank in ranks:
-            if rank not in present:
-                there = first_rank[name, ranks]
-                near = [other.name for other in facts.get(rank, ()) if other.name == name]
-                how = "on another mesh" if near else "missing"
-                raise ValueError(
-                    f"parameter {name!r} of shape {fact.layout.shape} is on rank {there}, shared by ranks "
-                    f"{ranks}, and {how} on rank {rank}: build the same model and the same groups on every rank."
-                )
-    return merged
-
-
-def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
-    for what, a, b in (
-        ("shape", first.layout.shape, fact.layout.shape),
-        ("dtype", first.layout.dtype, fact.layout.dtype),
-        ("device type", first.layout.device, fact.layout.device),
-        ("group", first.group, fact.group),
-        ("settings", first.settings, fact.settings),
-    ):
-        if a != b:
-            raise ValueError(
-                f"parameter {fact.name!r} has the {what} {a} on rank {first_rank} and {b} on rank {rank}: build the "
-                "same model, with named parameters, and the same groups on every rank."
-            )
-
-
-def _compare_settings(ranks: Sequence[int], settings: Sequence[str]) -> None:
-    for rank, theirs in zip(ranks, settings, strict=True):
-        if theirs != settings[0]:
-            raise ValueError(
-                f"({', '.join(_COMPARED)}) are "
-                f"{settings[0]} on rank {ranks[0]} and {theirs} on rank {rank}: pass the same on every rank."
-            )
 
 
 def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:

@@ -55,7 +55,7 @@ def team_costs(
     Args:
         rows: Of a matrix.
         cols: Of a matrix.
-        extent: Length of the axis of the parameter that is cut: no team has more ranks.
+        extent: Length of the axis of the parameter that is cut; every rank gets some of it.
         device: Where it is multiplied.
         request: What was asked for.
         table: Speed of the engines and links.
@@ -67,8 +67,8 @@ def team_costs(
     best = owner_cost(rows, cols, device, request, table)
     found = []
     for size in team_sizes(nodes):
-        if size > extent:
-            break
+        if (size - 1) * -(-extent // size) >= extent:  # a slab would be empty
+            continue
         cost = nanoseconds(team_recipe(rows, cols, recipe, size, table, link_of(table, nodes, size)).seconds)
         if cost < best:
             best = cost

@@ -137,5 +137,12 @@ def _plan_note(pipeline: Pipeline) -> str:
     where = "on one rank"
     if len(plan.ranks) > 1:
         where = f"over {len(plan.ranks)} ranks, load of the busiest {plan.imbalance:.3f} of the mean"
+    teams: Counter[int] = Counter()
+    for bucket in plan.buckets:
+        if bucket.parts > 1:
+            teams[bucket.parts] += sum(assignment.count for assignment in bucket.assignments if not assignment.part)
+    shared = "".join(f", {count} matrices on teams of {size}" for size, count in sorted(teams.items()))
     buffers = pipeline.buffer_bytes() / 2**20
-    return f"{len(plan.buckets)} buckets {where}; buffers of rank {pipeline.rank} take at most {buffers:.1f} MiB."
+    return (
+        f"{len(plan.buckets)} buckets {where}{shared}; buffers of rank {pipeline.rank} take at most {buffers:.1f} MiB."
+    )

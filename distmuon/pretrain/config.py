@@ -38,6 +38,7 @@ class OptimConfig:
         ns_coefficients: Three numbers a, b, c of the iteration, or the name of a set; null: those of the engine.
         ns_engine: What orthogonalizes; auto: the fastest for each shape on this device.
         cost_table: File of `distmuon calibrate` that auto goes by; null: the built-in table.
+        teams: Whether several ranks may own a matrix together where the cost table says that it pays.
         ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
             rounding of summed gradients is not amplified by bfloat16.
         adjust_lr_fn: How Muon's step is scaled to a matrix's shape: match_rms_adamw lets Muon use
@@ -61,6 +62,7 @@ class OptimConfig:
     ns_coefficients: str | list[float] | None = None
     ns_engine: Literal["auto", "standard", "composed", "gram", "rational", "gram_newton_schulz"] = "auto"
     cost_table: str | None = None
+    teams: bool = True
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

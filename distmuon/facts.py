@@ -1,0 +1,136 @@
+"""What ranks tell each other of their parameters before they plan, put together and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from distmuon.comm.layout import LocalLayout
+from distmuon.numerics.costs import CostTable
+from distmuon.numerics.recipe import Request
+from distmuon.plan.nodes import Nodes
+from distmuon.plan.parameters import Holding
+
+Key: TypeAlias = "tuple[str, tuple[int, ...]]"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What one rank says of one parameter. All but ``cost``, ``layout.replica`` and ``layout.box`` must agree.
+
+    Attributes:
+        name: The parameter's name.
+        group: Index of its group.
+        use_muon: Whether it is on Muon.
+        flatten: Whether its axes after the first are joined.
+        iteration: What matrices of one bucket have in common beside shape and dtype.
+        request: How its matrices are orthogonalized; None for AdamW.
+        settings: What decides its update, for comparison.
+        cost: Nanoseconds that one of its matrices takes on this rank; the lowest rank's word counts.
+        layout: Where it lies.
+    """
+
+    name: str
+    group: int
+    use_muon: bool
+    flatten: bool
+    iteration: str
+    request: Request | None
+    settings: str
+    cost: int
+    layout: LocalLayout
+
+    @property
+    def key(self) -> Key:
+        """What tells parameters apart: experts of two meshes may share a name."""
+        return self.name, self.layout.ranks
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one rank tells all others when they plan.
+
+    Attributes:
+        settings: Of its optimizer, for comparison.
+        table: Its cost table.
+        host: What ranks of its node have in common.
+        hardware: The class of its device.
+        facts: Of its parameters.
+    """
+
+    settings: str
+    table: CostTable
+    host: str
+    hardware: str
+    facts: list[Fact]
+
+
+def merge(facts: Mapping[int, Sequence[Fact]]) -> dict[Key, tuple[list[Holding], Fact]]:
+    """Put together what the ranks say of each parameter, in the order in which the lowest ranks list them.
+
+    Raises:
+        ValueError: if a parameter is missing on a rank that should store some of it, or differs.
+    """
+    merged: dict[Key, tuple[list[Holding], Fact]] = {}
+    first_rank: dict[Key, int] = {}
+    for rank, said in facts.items():
+        for fact in said:
+            holdings, first = merged.setdefault(fact.key, ([], fact))
+            first_rank.setdefault(fact.key, rank)
+            _compare(first, first_rank[fact.key], fact, rank)
+            holdings.append(Holding(rank, fact.layout.box, fact.layout.replica))
+    for (name, ranks), (holdings, fact) in merged.items():
+        present = {holding.rank for holding in holdings}
+        for rank in ranks:
+            if rank not in present:
+                there = first_rank[name, ranks]
+                near = [other.name for other in facts.get(rank, ()) if other.name == name]
+                how = "on another mesh" if near else "missing"
+                raise ValueError(
+                    f"parameter {name!r} of shape {fact.layout.shape} is on rank {there}, shared by ranks "
+                    f"{ranks}, and {how} on rank {rank}: build the same model and the same groups on every rank."
+                )
+    return merged
+
+
+def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
+    for what, a, b in (
+        ("shape", first.layout.shape, fact.layout.shape),
+        ("dtype", first.layout.dtype, fact.layout.dtype),
+        ("device type", first.layout.device, fact.layout.device),
+        ("group", first.group, fact.group),
+        ("settings", first.settings, fact.settings),
+    ):
+        if a != b:
+            raise ValueError(
+                f"parameter {fact.name!r} has the {what} {a} on rank {first_rank} and {b} on rank {rank}: build the "
+                "same model, with named parameters, and the same groups on every rank."
+            )
+
+
+def compare_settings(names: Sequence[str], ranks: Sequence[int], settings: Sequence[str]) -> None:
+    """Refuse settings that differ between ranks.
+
+    Args:
+        names: Of the settings.
+        ranks: Who tells.
+        settings: What each tells.
+
+    Raises:
+        ValueError: naming two ranks and what they were given.
+    """
+    for rank, theirs in zip(ranks, settings, strict=True):
+        if theirs != settings[0]:
+            raise ValueError(
+                f"({', '.join(names)}) are "
+                f"{settings[0]} on rank {ranks[0]} and {theirs} on rank {rank}: pass the same on every rank."
+            )
+
+
+def nodes_of(ranks: Sequence[int], hosts: Sequence[str]) -> Nodes:
+    """The ranks of each host."""
+    found: dict[str, list[int]] = {}
+    for rank, name in zip(ranks, hosts, strict=True):
+        found.setdefault(name, []).append(rank)
+    return tuple(tuple(members) for members in found.values())
