@@ -1,0 +1,185 @@
+"""What a simulated step shares: links on which bytes queue, exchanges that ranks wait for, and cores."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from distmuon.plan.simulate_loads import LegLoad
+from distmuon.speeds import Link
+
+
+class Lanes:
+    """The links of one class, one in each direction at each rank.
+
+    Attributes:
+        link: Their speed.
+        out: When what leaves each rank is through.
+        into: When what reaches each rank is through.
+    """
+
+    def __init__(self, link: Link, ranks: int) -> None:
+        self.link = link
+        self.out = [0.0] * ranks
+        self.into = [0.0] * ranks
+
+
+class Exchange:
+    """One leg of one bucket, and how far each rank, meant by its place, is with it.
+
+    What leaves a rank moves once the rank and the first of those it sends to have begun. A rank is done when its own
+    bytes have moved, all that sends to it has left, and all that it sends to have begun.
+
+    Args:
+        number: Place among the exchanges of the step.
+        kind: ``"gather"`` or ``"scatter"``.
+        bucket: Place of the bucket.
+        leg: Who sends how much.
+        itemsize: Bytes of an element.
+        lanes: Links inside and between nodes.
+        joint: Whether it waits for all ranks to begin, even those that send nothing.
+    """
+
+    def __init__(
+        self, number: int, kind: str, bucket: int, leg: LegLoad, itemsize: int, lanes: Sequence[Lanes], *, joint: bool
+    ) -> None:
+        ranks = len(leg.sent[0])
+        self.number, self.kind, self.bucket = number, kind, bucket
+        self.sent = [[itemsize * numel for numel in numels] for numels in leg.sent]
+        self.received = [[itemsize * numel for numel in numels] for numels in leg.received]
+        self.called: dict[int, float] = {}
+        self.started: set[int] = set()
+        self.begun = [0.0] * ranks
+        self.done = [0.0] * ranks
+        self._lanes = lanes
+        self._seconds = [lane.link.exchange if leg.gathered is None else lane.link.gather for lane in lanes]
+        self._groups = leg.groups
+        self._sends: list[list[int]] = [[] for _ in range(ranks)]
+        self._takes: list[list[int]] = [[] for _ in range(ranks)]
+        for index, group in enumerate(leg.groups):
+            for place in group.sources:
+                self._sends[place].append(index)
+            for place in group.targets:
+                self._takes[place].append(index)
+        # by group: how many have yet to begin, or to have sent everything
+        self._to_begin = [[len(group.sources) for group in leg.groups], [len(group.targets) for group in leg.groups]]
+        self._to_leave = [len(group.sources) for group in leg.groups]
+        infinity = float("inf")
+        self._first = [[infinity] * len(leg.groups), [infinity] * len(leg.groups)]
+        self._last = [0.0] * len(leg.groups)
+        self._left = [0.0] * len(leg.groups)
+        # what a rank has yet to know before its bytes leave, and before it is done
+        self._held_back = [1 + len(sends) for sends in self._sends]
+        self.open = [1 + len(takes) + joint for takes in self._takes]
+        self._missing = ranks if joint else 0
+        self._met = 0.0
+
+    def bytes_of(self, place: int) -> int:
+        """Bytes that a rank sends and receives."""
+        return sum(amounts[place] for amounts in (*self.sent, *self.received))
+
+    def begin(self, place: int, start: float) -> list[int]:
+        """A rank begins; those that are now known to be done, and when, are returned."""
+        self.started.add(place)
+        self.begun[place] = start
+        done: list[int] = []
+        for index in self._takes[place]:
+            self._first[1][index] = min(self._first[1][index], start)
+            self._last[index] = max(self._last[index], start)
+            self._to_begin[1][index] -= 1
+            if not self._to_begin[1][index]:
+                for source in self._groups[index].sources:
+                    self._may_leave(source, done)
+        for index in self._sends[place]:
+            self._first[0][index] = min(self._first[0][index], start)
+        self._may_leave(place, done)
+        if self._missing:
+            self._met = max(self._met, start)
+            self._missing -= 1
+            if not self._missing:
+                for member in range(len(self.open)):
+                    self._may_end(member, done)
+        return done
+
+    def _may_leave(self, place: int, done: list[int]) -> None:
+        """One thing less that keeps the bytes of a rank from leaving."""
+        self._held_back[place] -= 1
+        if self._held_back[place]:
+            return
+        sends = self._sends[place]
+        start = max(self.begun[place], min((self._first[1][index] for index in sends), default=0.0))
+        end = self.begun[place]
+        for lane, sent, seconds in zip(self._lanes, self.sent, self._seconds, strict=True):
+            if sent[place]:
+                lane.out[place] = max(start, lane.out[place]) + lane.link.latency + seconds * sent[place]
+                end = max(end, lane.out[place])
+        self.done[place] = max([end, *(self._last[index] for index in sends)])
+        for index in sends:
+            self._left[index] = max(self._left[index], end)
+            self._to_leave[index] -= 1
+            if not self._to_leave[index]:
+                for target in self._groups[index].targets:
+                    self._may_end(target, done)
+        self._may_end(place, done)
+
+    def _may_end(self, place: int, done: list[int]) -> None:
+        """One thing less that keeps a rank from being done."""
+        self.open[place] -= 1
+        if self.open[place]:
+            return
+        takes = self._takes[place]
+        start = max(self.begun[place], min((self._first[0][index] for index in takes), default=0.0))
+        end = max([self.done[place], self._met, *(self._left[index] for index in takes)])
+        for lane, received, seconds in zip(self._lanes, self.received, self._seconds, strict=True):
+            if received[place]:
+                lane.into[place] = max(start, lane.into[place]) + lane.link.latency + seconds * received[place]
+                end = max(end, lane.into[place])
+        self.done[place] = end
+        done.append(place)
+
+
+class Cores:
+    """Cores that ranks share equally while they compute.
+
+    Time is kept as the work that each computing rank has done since the start, so that one number serves all.
+
+    Args:
+        number: Of cores.
+        now: Seconds at which ranks begin.
+    """
+
+    def __init__(self, number: float, now: float) -> None:
+        self.now = now
+        self._number = number
+        self._done = 0.0
+        self._working: list[tuple[float, int]] = []
+        self._sleeping: list[tuple[float, int]] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any rank computes or sleeps."""
+        return bool(self._working or self._sleeping)
+
+    def work(self, place: int, seconds: float) -> None:
+        """A rank computes, for so long if it has a core of its own."""
+        heapq.heappush(self._working, (self._done + seconds, place))
+
+    def sleep(self, place: int, until: float) -> None:
+        """A rank does nothing until then."""
+        heapq.heappush(self._sleeping, (until, place))
+
+    def advance(self) -> tuple[int, float]:
+        """The next rank that goes on, and when."""
+        ended = float("inf")
+        rate = min(1.0, self._number / len(self._working)) if self._working else 1.0
+        if self._working:
+            ended = self.now + max(0.0, self._working[0][0] - self._done) / rate
+        if self._sleeping and self._sleeping[0][0] <= ended:
+            now, place = heapq.heappop(self._sleeping)
+            now = max(now, self.now)
+            self._done += (now - self.now) * rate
+        else:
+            self._done, place = heapq.heappop(self._working)
+            now = ended
+        self.now = now
+        return place, now
