@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box
+from distmuon.plan.homes import Homes
+from distmuon.plan.molds import mold
 from distmuon.plan.nodes import Nodes
-from distmuon.plan.parameters import ParameterSpec, stored_numel
+from distmuon.plan.parameters import ParameterSpec
+from distmuon.plan.pieces import batches_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +48,14 @@ class Assignment:
         return self.count * spec.cost_of(self.parts)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Matrices that go to one owner, whoever that will be."""
-
-    parameter: int
-    first: int
-    count: int
-    candidates: tuple[int, ...]
-    cost: int
-    numel: int
-
-
 def assign(specs: Sequence[ParameterSpec], *, most_numel: int, nodes: Nodes) -> list[Assignment]:
-    """Give every matrix an owner.
+    """Give every matrix an owner, or a team of them.
 
-    Owners are found by longest processing time first (Graham 1969: at most 4/3 of the best possible
-    makespan): the costliest matrix goes to the rank with the least load, among equals to the one with the
-    fewest elements so far, then to the one that stores most of it, then to the lowest. Where dealing the
-    matrices out in turn would end sooner, that is taken. A matrix that some ranks store whole is owned by
-    one of them, so it needs no gathering. A pure function of its arguments.
+    Three costs count, in this order: time to orthogonalize (the makespan, :func:`~distmuon.plan.molds.mold`; what is
+    within half a percent of the best counts as equal, so teams must bring more than that), the elements that the rank
+    owns that owns most, which arrive over its links and fill its memory, and the elements that cross nodes
+    (:class:`~distmuon.plan.homes.Homes`). A matrix that some ranks store whole is owned by one of them, so it needs no
+    gathering, unless a team shortens the makespan. A pure function of its arguments.
 
     Args:
         specs: The parameters.
@@ -74,77 +63,23 @@ def assign(specs: Sequence[ParameterSpec], *, most_numel: int, nodes: Nodes) -> 
         nodes: Which ranks share a node.
 
     Returns:
-        Assignments that hold every matrix once, by parameter and first matrix.
+        Assignments that hold every matrix once, by parameter, first matrix, and slab.
     """
-    pieces = [piece for index, spec in enumerate(specs) for piece in _pieces(index, spec, most_numel)]
-    order = sorted(pieces, key=lambda piece: _place(specs[piece.parameter], piece))
-    owners = min(_longest_first(specs, order), _in_turn(order), key=lambda owners: makespan(order, owners))
-    assigned = [Assignment(p.parameter, p.first, p.count, owner) for p, owner in zip(order, owners, strict=True)]
-    return sorted(assigned, key=lambda assignment: (assignment.parameter, assignment.first))
-
-
-def makespan(pieces: Sequence[_Piece], owners: Sequence[int]) -> int:
-    """Cost of the most loaded owner."""
-    loads: Counter[int] = Counter()
-    for piece, owner in zip(pieces, owners, strict=True):
-        loads[owner] += piece.cost
-    return max(loads.values(), default=0)
-
-
-def _place(spec: ParameterSpec, piece: _Piece) -> tuple[object, ...]:
-    """Costliest first; matrices of one shape, which share buckets, follow one another so that all ranks get some.
-
-    The name, not the place in the list, breaks ties: ranks may list parameters in another order.
-    """
-    return -piece.cost, -piece.numel, spec.kind, spec.matrices.rows, spec.name, piece.first
-
-
-def _pieces(index: int, spec: ParameterSpec, most_numel: int) -> Iterator[_Piece]:
-    most = max(1, most_numel // spec.matrix_numel)
-    for first, count in _spans(spec):
-        candidates = _candidates(spec, spec.box_of(first, count))
-        # a stack is cut into as many parts as can own one, so that few, large copies move it
-        size = min(most, -(-count // len(candidates)))
-        for start in range(first, first + count, size):
-            number = min(size, first + count - start)
-            yield _Piece(index, start, number, candidates, number * spec.cost, number * spec.matrix_numel)
-
-
-def _spans(spec: ParameterSpec) -> list[tuple[int, int]]:
-    """``(first, count)`` of runs of matrices that are stored alike."""
-    if not spec.stacked:
-        return [(0, 1)]
-    cuts = {0, spec.shape[0]}
-    for holding in spec.holdings:
-        if holding.box.numel:
-            cuts.update((holding.box.offsets[0], holding.box.offsets[0] + holding.box.sizes[0]))
-    ordered = sorted(cuts)
-    return [(start, stop - start) for start, stop in itertools.pairwise(ordered)]
-
-
-def _candidates(spec: ParameterSpec, box: Box) -> tuple[int, ...]:
-    stored = stored_numel(spec.holdings, box)
-    whole = tuple(rank for rank, numel in stored.items() if numel == box.numel)
-    return whole or tuple(holding.rank for holding in spec.holdings)
-
-
-def _longest_first(specs: Sequence[ParameterSpec], order: Sequence[_Piece]) -> list[int]:
-    loads: Counter[int] = Counter()
-    numels: Counter[int] = Counter()
-    owners = {}
-    # what only one rank can own is known beforehand
-    for number, piece in sorted(enumerate(order), key=lambda item: len(item[1].candidates) > 1):
-        spec = specs[piece.parameter]
-        stored = stored_numel(spec.holdings, spec.box_of(piece.first, piece.count))
-        owner = min(piece.candidates, key=lambda rank: (loads[rank], numels[rank], -stored.get(rank, 0), rank))
-        loads[owner] += piece.cost
-        numels[owner] += piece.numel
-        owners[number] = owner
-    return [owners[number] for number in range(len(order))]
-
-
-def _in_turn(order: Sequence[_Piece]) -> list[int]:
-    return [piece.candidates[number % len(piece.candidates)] for number, piece in enumerate(order)]
+    batches = batches_of(specs, most_numel=most_numel, nodes=nodes)
+    world = 1 + max(map(max, nodes))
+    packing = mold(batches, world=world, ranks=sum(map(len, nodes)))
+    homes = Homes(specs, nodes, packing)
+    assigned = []
+    for b, batch in enumerate(batches):
+        start = 0
+        for w, way in enumerate(batch.ways):
+            taken = packing.placed.get((b, w), {})
+            stop = start + sum(taken.values())
+            for piece, unit in homes.give(batch, way, batch.pieces[start:stop], taken):
+                for part, owner in enumerate(way.units[unit]):
+                    assigned.append(Assignment(piece.parameter, piece.first, piece.count, owner, part, way.size))
+            start = stop
+    return sorted(assigned, key=lambda a: (a.parameter, a.first, a.part))
 
 
 def balance(loads: Mapping[int, int], ranks: Sequence[int]) -> float:

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box, chunk
+from distmuon.plan.layouts import Holding as Holding
+from distmuon.plan.layouts import Layout, Shares, layout_of
 from distmuon.plan.matrices import MatrixSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What one rank stores of a parameter.
-
-    Attributes:
-        rank: The global rank.
-        box: Its elements; may be empty.
-        replica: Coordinates on the replicated axes of the parameter's mesh. Ranks of equal ``replica``
-            store the parameter once among them, and are the ones that it is gathered from.
-    """
-
-    rank: int
-    box: Box
-    replica: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +57,24 @@ class ParameterSpec:
         """Elements of one matrix."""
         return self.matrices.rows * self.matrices.cols
 
-    @property
+    @functools.cached_property
     def stacked(self) -> bool:
         """Whether the first axis counts matrices."""
         return len(self.shape) == 3 and self.shape[1:] == (self.matrices.rows, self.matrices.cols)
 
-    @functools.cached_property
+    @property
     def replicated(self) -> bool:
         """Whether elements are stored by more than one rank."""
-        return len({holding.replica for holding in self.holdings}) > 1
+        return self.layout.replicated
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Its holdings, indexed."""
+        return layout_of(self.holdings)
 
     def digest(self) -> str:
         """SHA-256 of everything in it, the same in every process."""
-        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, self.teams, digest_of(self.holdings))
+        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, self.teams, self.layout.digest)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @property
@@ -106,49 +96,7 @@ class ParameterSpec:
             offsets[axis], sizes[axis] = chunk(self.shape[axis], part, parts)
         return Box(tuple(offsets), tuple(sizes))
 
-
-@functools.lru_cache(maxsize=256)
-def digest_of(holdings: tuple[Holding, ...]) -> str:
-    """SHA-256 of who stores what; models repeat a few layouts hundreds of times."""
-    return hashlib.sha256(repr(holdings).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def stored_numel(holdings: tuple[Holding, ...], box: Box) -> Mapping[int, int]:
-    """Elements of ``box`` by the rank that stores some of them; a stack of experts has many boxes, a matrix one."""
-    shared = {holding.rank: holding.box.intersect(box) for holding in holdings}
-    return {rank: part.numel for rank, part in shared.items() if part is not None}
-
-
-def check_cover(spec: ParameterSpec) -> None:
-    """Refuse holdings that are not one copy of the parameter for each replica.
-
-    Raises:
-        ValueError: naming the parameter, if boxes overlap, leave its shape, or miss elements.
-    """
-    whole = Box.whole(spec.shape)
-    by_replica: dict[tuple[int, ...], list[Holding]] = {}
-    for holding in spec.holdings:
-        by_replica.setdefault(holding.replica, []).append(holding)
-    for replica, holdings in by_replica.items():
-        parts = [holding for holding in holdings if holding.box.numel]
-        inside = all(whole.covers(holding.box) for holding in parts)
-        if inside and sum(holding.box.numel for holding in parts) == whole.numel and _disjoint(parts):
-            continue
-        boxes = ", ".join(f"rank {h.rank}: {h.box.offsets} + {h.box.sizes}" for h in holdings[:8])
-        raise ValueError(
-            f"the shards of parameter {spec.name!r}, shape {spec.shape}, do not cover it once in replica "
-            f"{replica} ({boxes}): this layout is not one that torch's DTensor shards describe."
-        )
-
-
-def _disjoint(holdings: Sequence[Holding]) -> bool:
-    """Whether no two boxes meet; boxes are ordered by offset, so only those that touch on axis 0 are compared."""
-    ordered = sorted((holding.box for holding in holdings), key=lambda box: box.offsets)
-    for index, box in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if other.offsets[0] >= box.offsets[0] + box.sizes[0]:
-                break
-            if box.intersect(other) is not None:
-                return False
-    return True
+    def shares(self, first: int, part: int = 0, parts: int = 1) -> Shares:
+        """Who stores how much of one matrix, or of a slab of it; matrices of a stack that are stored alike share it."""
+        start = self.layout.run_of(first) if self.stacked else 0
+        return self.layout.shares(self.box_of(start, 1, part, parts))

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.assign import Assignment, assign, balance, lots
+from distmuon.plan.layouts import Shares, check_cover
 from distmuon.plan.nodes import Nodes, one_node, teams_of
-from distmuon.plan.parameters import Holding, ParameterSpec, check_cover, stored_numel
+from distmuon.plan.parameters import ParameterSpec
 
 # Updates that come back to a rank from one bucket may take this many times what it may own of it
 _RETURNING = 8
@@ -122,24 +123,28 @@ def build_plan(
     Raises:
         ValueError: if the shards of a parameter do not make up the parameter.
     """
-    looked_at: set[tuple[tuple[int, ...], tuple[Holding, ...]]] = set()
+    looked_at: set[tuple[tuple[int, ...], int]] = set()
     for spec in parameters:
         # models repeat a few layouts hundreds of times
-        if (spec.shape, spec.holdings) not in looked_at:
-            looked_at.add((spec.shape, spec.holdings))
-            check_cover(spec)
+        if (spec.shape, id(spec.layout)) not in looked_at:
+            looked_at.add((spec.shape, id(spec.layout)))
+            check_cover(spec.name, spec.shape, spec.holdings)
     ordered = tuple(sorted(ranks))
     nodes = nodes or one_node(ordered)
     classes: dict[tuple[int, int, str, int, int], list[Assignment]] = {}
+    costs: Counter[tuple[int, int, str, int, int]] = Counter()
     for assignment in assign(parameters, most_numel=bucket_numel, nodes=nodes):
         spec, parts = parameters[assignment.parameter], assignment.parts
         # flattened convolutions are cut between input channels, so their slabs may differ from those of a matrix
         extent = spec.shape[spec.slab_axis] if parts > 1 else 0
         key = (spec.matrices.rows, spec.matrices.cols, spec.kind, parts, extent)
         classes.setdefault(key, []).append(assignment)
+        costs[key] = max(costs[key], spec.cost_of(parts))
     buckets = []
-    for (rows, cols, _, parts, _), members in classes.items():
-        for lot in _cut(members, parameters, bucket_numel):
+    # teams first, while all their ranks are free, then what takes longest, so that little is left to send at the end
+    for key in sorted(classes, key=lambda key: (-key[3], -costs[key], key)):
+        rows, cols, _, parts, _ = key
+        for lot in _cut(classes[key], parameters, bucket_numel):
             buckets.append(_bucket(rows, cols, parts, lot, parameters, ordered))
     return Plan(ordered, tuple(parameters), tuple(buckets), nodes)
 
@@ -149,29 +154,41 @@ def _cut(
 ) -> list[list[Assignment]]:
     """Cut matrices of one shape into buckets, of which each owner has its next lot.
 
-    Where every rank stores everything, all updates of a bucket come to every rank, so these are cut again.
+    Where every rank stores everything, all updates of a bucket come to every rank, so these are cut again. The slabs
+    of a matrix stay together.
     """
-    by_owner: dict[int, list[Assignment]] = {}
-    for assignment in members:
-        by_owner.setdefault(assignment.owner, []).append(assignment)
-    lot_of: dict[Assignment, int] = {}
+    by_owner: dict[int, list[int]] = {}
+    for place, assignment in enumerate(members):
+        by_owner.setdefault(assignment.owner, []).append(place)
+    lot_of = [0] * len(members)
     for owned in by_owner.values():
-        # rounded up, so that the slabs of a team are in one lot
-        numels = [a.count * -(-parameters[a.parameter].matrix_numel // a.parts) for a in owned]
-        lot_of.update(zip(owned, lots(numels, bucket_numel), strict=True))
-    parts: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of.values()))]
-    for assignment in members:
-        parts[lot_of[assignment]].append(assignment)
+        # rounded up, so that the slabs of a team, all of whose ranks own the same matrices, are in one lot
+        numels = [
+            members[p].count * -(-parameters[members[p].parameter].matrix_numel // members[p].parts) for p in owned
+        ]
+        for place, lot in zip(owned, lots(numels, bucket_numel), strict=True):
+            lot_of[place] = lot
+    buckets: list[list[list[Assignment]]] = [[] for _ in range(1 + max(lot_of))]
+    for place, assignment in enumerate(members):
+        # slabs follow one another
+        if assignment.part:
+            buckets[lot_of[place]][-1].append(assignment)
+        else:
+            buckets[lot_of[place]].append([assignment])
     cut = []
-    for part in parts:
-        stored = []
-        for assignment in part:
-            spec = parameters[assignment.parameter]
-            box = assignment.box(spec)
-            stored.append(max(stored_numel(spec.holdings, box).values()))
+    for matrices in buckets:
+        stored = [sum(a.count * _shares(parameters, a).most for a in slabs) for slabs in matrices]
         numbers = lots(stored, _RETURNING * bucket_numel)
-        cut += [[a for a, n in zip(part, numbers, strict=True) if n == number] for number in range(numbers[-1] + 1)]
+        parts: list[list[Assignment]] = [[] for _ in range(1 + numbers[-1])]
+        for number, slabs in zip(numbers, matrices, strict=True):
+            parts[number] += slabs
+        cut += parts
     return cut
+
+
+def _shares(parameters: Sequence[ParameterSpec], assignment: Assignment) -> Shares:
+    """Who stores how much of each matrix, or slab, of an assignment."""
+    return parameters[assignment.parameter].shares(assignment.first, assignment.part, assignment.parts)
 
 
 def _bucket(
@@ -185,10 +202,8 @@ def _bucket(
     gathers = scatters = False
     replicated = True
     for assignment in members:
-        spec = parameters[assignment.parameter]
-        box = assignment.box(spec)
-        stored = stored_numel(spec.holdings, box)
-        gathers |= stored.get(assignment.owner) != box.numel
-        scatters |= any(rank != assignment.owner for rank in stored)
-        replicated &= len(stored) == len(ranks) and all(numel == box.numel for numel in stored.values())
+        shares = _shares(parameters, assignment)
+        gathers |= shares.by_rank.get(assignment.owner, 0) != shares.numel
+        scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
+        replicated &= len(shares.wholes) == len(ranks)
     return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated and len(ranks) > 1)

@@ -1,0 +1,137 @@
+"""How many ranks own each matrix: team sizes under which the makespan is least (moldable tasks)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distmuon.plan.packing import Counts, Packing, deal, pack, singles
+from distmuon.plan.pieces import Batch
+
+# The search ends when target and bound are this close
+_CLOSE = 0.001
+# Teams, or another packing, must shorten the makespan by more than this: a plan with less work is worth as much
+_WORTH = 0.005
+# Units looked at and pieces put down in all: a count, so that every rank stops at the same place
+_EFFORT = 600_000
+_EFFORT_A_PIECE = 30
+
+
+@dataclass
+class _Search:
+    batches: Sequence[Batch]
+    world: int
+    ranks: int
+    effort: int
+    found: list[Packing]
+
+    def pack(self, counts: Counts, target: int, best_fit: int | None = None) -> Packing:
+        packing = pack(self.batches, counts, target, self.world, best_fit)
+        self.effort -= packing.effort
+        return packing
+
+    def keep(self, counts: Counts, target: int) -> int:
+        """Remember a packing that fits, and the most even one of the same counts; the least makespan of them."""
+        fitted = self.pack(counts, target)
+        self.found.append(fitted)
+        target = fitted.makespan
+        entries = len(fitted.placed)
+        # the later entries are small, and the more of them go to the emptiest rank, the more even is the rest
+        low, high = 0, entries
+        while low < high and self.effort > 0:
+            middle = (low + high) // 2
+            tried = self.pack(counts, target, middle)
+            if tried.makespan <= target * (1 + _WORTH / 2):
+                high = middle
+                self.found.append(tried)
+            else:
+                low = middle + 1
+        return target
+
+    def work(self, counts: Counts) -> int:
+        return sum(
+            number * way.size * way.cost
+            for batch, row in zip(self.batches, counts, strict=True)
+            for way, number in zip(batch.ways, row, strict=True)
+        )
+
+    def smallest(self, target: int) -> Counts | None:
+        """The smallest teams with which each piece alone stays within ``target``."""
+        rows = []
+        for batch in self.batches:
+            fits = [w for w, way in enumerate(batch.ways) if way.cost <= target]
+            if not fits:
+                return None
+            rows.append(tuple(len(batch.pieces) * (w == fits[0]) for w in range(len(batch.ways))))
+        return tuple(rows)
+
+    def reach(self, target: int) -> Counts | None:
+        """Counts with which everything fits within ``target``, as far as a search from the smallest teams finds any."""
+        counts = self.smallest(target)
+        if counts is None or self.work(counts) > target * self.ranks:
+            return None
+        excess = self.pack(counts, target).excess(target)
+        improved = True
+        while excess and improved and self.effort > 0:
+            improved = False
+            for b, a, z in list(_moves(self.batches, counts, target)):
+                number = counts[b][a]
+                while number and excess and self.effort > 0:
+                    tried = _moved(counts, b, a, z, min(number, counts[b][a]))
+                    if tried != counts and self.work(tried) <= target * self.ranks:
+                        beyond = self.pack(tried, target).excess(target)
+                        if beyond < excess:
+                            counts, excess, improved = tried, beyond, True
+                            number = min(number, counts[b][a])
+                            continue
+                    number //= 2
+        return None if excess else counts
+
+
+def _moves(batches: Sequence[Batch], counts: Counts, target: int) -> Iterator[tuple[int, int, int]]:
+    """Batch, way and another way of it; the costliest batches first, teams that grow before those that shrink."""
+    for b, batch in enumerate(batches):
+        fits = [w for w, way in enumerate(batch.ways) if way.cost <= target]
+        pairs = [(a, z) for a in fits for z in fits if a != z]
+        for a, z in sorted(pairs, key=lambda pair: (pair[1] < pair[0], abs(pair[1] - pair[0]), pair)):
+            yield b, a, z
+
+
+def _moved(counts: Counts, b: int, a: int, z: int, number: int) -> Counts:
+    row = list(counts[b])
+    row[a] -= number
+    row[z] += number
+    return (*counts[:b], tuple(row), *counts[b + 1 :])
+
+
+def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
+    """Choose team sizes, and who owns what.
+
+    A target is bisected: matrices that exceed it go to the smallest team that does not, and where the rest does not
+    fit, more of them go to teams for as long as less is left over. Never worse than single owners by longest
+    processing time first, nor than dealing them out in turn.
+
+    Args:
+        batches: What is to be owned.
+        world: All ranks are below this.
+        ranks: Number of ranks.
+    """
+    alone = singles(batches)
+    pieces = sum(len(batch.pieces) for batch in batches)
+    search = _Search(batches, world, ranks, max(_EFFORT, _EFFORT_A_PIECE * pieces), [])
+    plain = [search.pack(alone, 0), deal(batches, world)]
+    search.found += plain
+    high = bar = min(packing.makespan for packing in plain)
+    low = max(-(-search.work(alone) // ranks), max((batch.ways[-1].cost for batch in batches), default=0))
+    while high > low * (1 + _CLOSE) and search.effort > 0:
+        target = (low + high) // 2
+        if target in (low, high):
+            break
+        counts = search.reach(target)
+        if counts is None:
+            low = target
+        else:
+            high = min(target, search.keep(counts, target))
+    best = min(packing.makespan for packing in search.found)
+    fair = [packing for packing in search.found if packing.makespan <= min(bar, int(best * (1 + _WORTH)))]
+    return min(fair, key=lambda packing: (packing.work, packing.most_numel, packing.makespan))
