@@ -61,15 +61,15 @@ def team_costs(
         table: Speed of the engines and links.
         nodes: Which ranks share a node.
     """
-    recipe = choose(rows, cols, device, request, table)
-    if not teams_run(recipe.engine) or min(rows, cols) < 2:
+    if not teams_run(choose(rows, cols, device, request, table).engine) or min(rows, cols) < 2:
         return ()
     best = owner_cost(rows, cols, device, request, table)
     found = []
     for size in team_sizes(nodes):
         if (size - 1) * -(-extent // size) >= extent:  # a slab would be empty
             continue
-        cost = nanoseconds(team_recipe(rows, cols, recipe, size, table, link_of(table, nodes, size)).seconds)
+        way = team_recipe(rows, cols, device, request, size, table, link_of(table, nodes, size))
+        cost = nanoseconds(way.seconds)
         if cost < best:
             best = cost
             found.append(TeamCost(size, cost))

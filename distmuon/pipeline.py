@@ -17,7 +17,8 @@ from distmuon.groups import Group
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import choose
-from distmuon.numerics.slabs import Team, orthogonalize_slabs_
+from distmuon.numerics.rows import Team
+from distmuon.numerics.slabs import orthogonalize_slabs_
 from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
@@ -247,14 +248,14 @@ class Pipeline:
         slot = next(iter(flight.routes.place))
         group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
         rows, cols, size = flight.bucket.rows, flight.bucket.cols, flight.bucket.parts
-        recipe = choose(rows, cols, self.device, self.options.request(group), self.table)
-        eps, dtype = group["eps"], self.options.ns_dtype
+        request, eps, dtype = self.options.request(group), group["eps"], self.options.ns_dtype
         with self.clock.phase("ns", self.device):
             if size == 1:
+                recipe = choose(rows, cols, self.device, request, self.table)
                 orthogonalize_(flight.matrices, recipe, eps=eps, dtype=dtype, compile=self.options.compile)
                 return
             link = link_of(self.table, self.plan.nodes, size)
-            way = team_recipe(rows, cols, recipe, size, self.table, link)
+            way = team_recipe(rows, cols, self.device, request, size, self.table, link)
             orthogonalize_slabs_(flight.matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:

@@ -10,7 +10,7 @@ from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.slabs import orthogonalize_slabs_
 from distmuon.numerics.tables import builtin_speeds, builtin_table
-from distmuon.numerics.teams import TeamRecipe, team_recipe
+from distmuon.numerics.teams import TeamRecipe, gathers, team_recipe
 from distmuon.plan.boxes import chunk
 from distmuon.speeds import Link
 
@@ -148,9 +148,39 @@ def test_zero_stays_zero_and_nan_fills_its_matrix_alone(engine, split):
 
 
 def test_work_is_split_where_links_are_fast():
-    table = builtin_table("cuda-sm90")
-    recipe = choose(4096, 14336, torch.device("cuda"), Request(torch.bfloat16), table)
-    fast = team_recipe(4096, 14336, recipe, 8, table, builtin_speeds("cuda-sm90").local)
-    slow = team_recipe(4096, 14336, recipe, 8, table, Link.of(gigabytes=1.0, latency=1e-4))
+    table, shape, cuda = builtin_table("cuda-sm90"), (4096, 14336), torch.device("cuda")
+    request = Request(torch.bfloat16)
+    fast = team_recipe(*shape, cuda, request, 8, table, builtin_speeds("cuda-sm90").local)
+    slow = team_recipe(*shape, cuda, request, 8, table, Link.of(gigabytes=1.0, latency=1e-4))
     assert fast.split and not slow.split
-    assert fast.seconds < recipe.seconds(4096, 14336, table) < slow.seconds
+    assert fast.seconds < choose(*shape, cuda, request, table).seconds(*shape, table) < slow.seconds
+
+
+def test_a_team_may_take_the_gram_form_of_the_same_polynomials():
+    table, shape, cuda = builtin_table("cuda-sm90"), (4096, 4096), torch.device("cuda")
+    link = builtin_speeds("cuda-sm90").local
+    alone = choose(*shape, cuda, Request(torch.bfloat16), table)
+    free = team_recipe(*shape, cuda, Request(torch.bfloat16), 8, table, link)
+    told = team_recipe(*shape, cuda, Request(torch.bfloat16, "composed"), 8, table, link)
+    assert (alone.engine, free.recipe.engine, told.recipe.engine) == ("composed", "gram", "composed")
+    assert free.recipe.formula == alone.formula
+    assert free.seconds < told.seconds
+
+
+@pytest.mark.parametrize("engine", ["composed", "gram"])
+@pytest.mark.parametrize("coefficients", ["nested14", "quintic", "cubic"])
+def test_rows_travel_as_often_as_predicted(engine, coefficients):
+    """And never more often than once a product, or the prediction would be of another algorithm."""
+    recipe = choose(24, 60, CPU, Request(torch.float32, engine, coefficients))
+    counts = []
+
+    class Counting(ThreadTeam):
+        def put_together(self, rows, count):
+            counts.append(count)
+            return super().put_together(rows, count)
+
+    team, slab = Counting(Meeting(1), 0), draw((24, 60))[:1]
+    orthogonalize_slabs_(
+        slab, TeamRecipe(recipe, True, 0.0), Counting(meeting, 0), tall=False, eps=0.0, dtype=slab.dtype
+    )
+    assert len(counts) == gathers(recipe) <= recipe.small

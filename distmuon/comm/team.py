@@ -12,7 +12,7 @@ from distmuon.comm.group import all_gather, own_rank, prefers_all_gather, team_g
 
 
 class GroupTeam:
-    """A process group as a :class:`distmuon.numerics.slabs.Team`; a rank's place in it is that of its slab.
+    """A process group as a :class:`distmuon.numerics.rows.Team`; a rank's place in it is that of its slab.
 
     Args:
         ranks: Global ranks, ascending.

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +17,31 @@ _STRIP_ROWS = 128
 _MOST_STRIPS = 4
 
 
-class Products(Protocol):
-    """A way to make symmetric products."""
+class Square(Protocol):
+    """A symmetric matrix: a tensor, or what stands for one (:class:`distmuon.numerics.rows.Shared`)."""
+
+    def __mul__(self, factor: Any, /) -> Any:
+        """Times a number."""
+
+    def add_(self, other: Any, /) -> Any:
+        """Add another one to this."""
+
+
+S = TypeVar("S", bound=Square)
+
+
+class Multiplies(Protocol[S]):
+    """A way to multiply polynomials of one symmetric matrix."""
+
+    def symmetric(self, a: S, b: S, *, add: S, beta: float, alpha: float = 1.0) -> S:
+        """``beta add + alpha A B``, where the three are symmetric and commute."""
+
+
+class Products(Multiplies[Tensor], Protocol):
+    """A way to make symmetric products of tensors."""
 
     def gram(self, x: Tensor) -> Tensor:
         """``X X^T``; of tall matrices :func:`as_wide` takes the smaller square."""
-
-    def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-        """``beta add + alpha A B``, where the three are symmetric and commute."""
 
 
 @dataclass(frozen=True)

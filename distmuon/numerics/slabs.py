@@ -5,16 +5,14 @@ slabs' own. It is added up in float32, and what an engine makes of it, ``Q``, mu
 
     R = sum_k X_k X_k^T        Q = f(R)        X_k <- Q X_k
 
-``Q`` is made by every rank, or its products are split over the ranks by rows: the iterates are polynomials of one
-``R``, so each rank multiplies its rows of one by all of another. Of a rational function each rank makes some of the
-inverses. (The sum over ranks is that of the distributed Newton-Schulz of NVIDIA's Emerging-Optimizers.)
+``Q`` is made by every rank, or its products are split over the ranks by rows (:mod:`distmuon.numerics.rows`). Of a
+rational function each rank makes some of the inverses. (The sum over ranks is that of the distributed Newton-Schulz of
+NVIDIA's Emerging-Optimizers.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,25 +22,8 @@ from distmuon.numerics.engines import gram, rational
 from distmuon.numerics.normalize import normalize
 from distmuon.numerics.products import Products, addmm, mirror, strips
 from distmuon.numerics.rationals import Rational
+from distmuon.numerics.rows import ByRows, Shared, Team
 from distmuon.numerics.teams import TeamRecipe
-
-
-class Team(Protocol):
-    """The ranks that hold the slabs of a matrix. All of them call the same at the same point."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    @property
-    def index(self) -> int:
-        """Which of the slabs this rank holds."""
-
-    def add_up(self, tensor: Tensor) -> None:
-        """Replace a contiguous ``tensor`` by its sum over the ranks; all get the same bits."""
-
-    def put_together(self, rows: Tensor, count: int) -> Tensor:
-        """The ``(count, n)`` of which every rank has ``rows``, cut as :func:`torch.chunk` does."""
 
 
 @torch.no_grad()
@@ -74,12 +55,11 @@ def orthogonalize_slabs_(
 def _iterate(x: Tensor, way: TeamRecipe, team: Team, *, tall: bool) -> Tensor:
     recipe = way.recipe
     if not isinstance(recipe.formula, Rational):
-        shared = _ByRows(team) if way.split else recipe.products
-        return _polynomials(x, recipe.formula, recipe.restarts, recipe.products, shared, team, tall=tall)
+        return _polynomials(x, recipe.formula, recipe.restarts, recipe.products, team, tall=tall, split=way.split)
     rest = _inverses(_gram(x, recipe.products, team, tall=tall), recipe.formula, team, split=way.split)
     if rest is None:  # not finite, or rounding beyond the shift: polynomials need no factorization
         stages = resolve_stages("nested14")
-        return _polynomials(x, stages, range(len(stages)), recipe.products, recipe.products, team, tall=tall)
+        return _polynomials(x, stages, range(len(stages)), recipe.products, team, tall=tall, split=way.split)
     return _apply(x, recipe.formula.constant, rest, tall=tall)
 
 
@@ -87,15 +67,21 @@ def _polynomials(
     x: Tensor,
     stages: Sequence[Stage],
     restarts: Sequence[int],
-    own: Products,
-    shared: Products,
+    products: Products,
     team: Team,
     *,
     tall: bool,
+    split: bool,
 ) -> Tensor:
     """The segments of :func:`distmuon.numerics.engines.gram.run`."""
     for first, end in zip(restarts, [*restarts[1:], len(stages)], strict=True):
-        x = _apply(x, *gram.iterate(_gram(x, own, team, tall=tall), stages[first:end], shared), tall=tall)
+        r, segment = _gram(x, products, team, tall=tall), stages[first:end]
+        if split:
+            constant, share = gram.iterate(Shared.of(r, team), segment, ByRows())
+            rest = share.whole()
+        else:
+            constant, rest = gram.iterate(r, segment, products)
+        x = _apply(x, constant, rest, tall=tall)
     return x
 
 
@@ -138,19 +124,3 @@ def _inverses(r: Tensor, formula: Rational, team: Team, *, split: bool) -> Tenso
             rest.fill_(torch.nan)
     rest = _summed(rest, team)
     return None if rest[0, 0].isnan().any() else rest
-
-
-@dataclass(frozen=True)
-class _ByRows:
-    """Products of polynomials of one matrix, of which each rank makes some rows."""
-
-    team: Team
-
-    def gram(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("the Gram matrix of slabs is a sum")
-
-    def symmetric(self, a: Tensor, b: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-        count, (size, index) = a.size(0), (self.team.size, self.team.index)
-        step = -(-count // size)
-        own = slice(min(count, index * step), min(count, (index + 1) * step))
-        return self.team.put_together(addmm(add[own], a[own], b, beta=beta, alpha=alpha), count)

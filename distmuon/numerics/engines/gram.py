@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distmuon.numerics.coefficients import Stage
-from distmuon.numerics.products import Products, addmm, as_wide
+from distmuon.numerics.products import Multiplies, Products, S, addmm, as_wide
 
 
 def run(x: Tensor, stages: Sequence[Stage], restarts: Sequence[int], products: Products) -> Tensor:
@@ -39,7 +39,7 @@ def run(x: Tensor, stages: Sequence[Stage], restarts: Sequence[int], products: P
     return x
 
 
-def iterate(gram: Tensor, stages: Sequence[Stage], products: Products) -> tuple[float, Tensor]:
+def iterate(gram: S, stages: Sequence[Stage], products: Multiplies[S]) -> tuple[float, S]:
     """What the stages of one segment multiply ``X`` by.
 
     Args:
@@ -81,7 +81,7 @@ def apply(x: Tensor, constant: float, rest: Tensor) -> Tensor:
     return addmm(x, rest, x, beta=constant)
 
 
-def polynomial(gram: Tensor, stage: Stage, products: Products) -> tuple[float, Tensor]:
+def polynomial(gram: S, stage: Stage, products: Multiplies[S]) -> tuple[float, S]:
     """Split ``P(R)`` into its constant, which later products add for free, and the rest."""
     # add_(alpha=...) would round the last elements of a tensor otherwise than those in full vectors
     if len(stage) == 2:
