@@ -180,7 +180,5 @@ def test_rows_travel_as_often_as_predicted(engine, coefficients):
             return super().put_together(rows, count)
 
     team, slab = Counting(Meeting(1), 0), draw((24, 60))[:1]
-    orthogonalize_slabs_(
-        slab, TeamRecipe(recipe, True, 0.0), Counting(meeting, 0), tall=False, eps=0.0, dtype=slab.dtype
-    )
+    orthogonalize_slabs_(slab, TeamRecipe(recipe, True, 0.0), team, tall=False, eps=0.0, dtype=slab.dtype)
     assert len(counts) == gathers(recipe) <= recipe.small
