@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from distmuon.plan.packing import Counts, Packing, deal, pack, singles
+from distmuon.plan.packing import Counts, Packing, Rule, deal, pack, singles
 from distmuon.plan.pieces import Batch
 
 # The search ends when target and bound are this close
@@ -25,22 +25,21 @@ class _Search:
     effort: int
     found: list[Packing]
 
-    def pack(self, counts: Counts, target: int, best_fit: int | None = None) -> Packing:
-        packing = pack(self.batches, counts, target, self.world, best_fit)
+    def pack(self, counts: Counts, rule: Rule) -> Packing:
+        packing = pack(self.batches, counts, rule, self.world)
         self.effort -= packing.effort
         return packing
 
-    def keep(self, counts: Counts, target: int) -> int:
-        """Remember a packing that fits, and the most even one of the same counts; the least makespan of them."""
-        fitted = self.pack(counts, target)
+    def keep(self, counts: Counts, rule: Rule) -> int:
+        """Remember a packing, and the most even one that is as short; its makespan."""
+        fitted = self.pack(counts, rule)
         self.found.append(fitted)
         target = fitted.makespan
-        entries = len(fitted.placed)
         # the later entries are small, and the more of them go to the emptiest rank, the more even is the rest
-        low, high = 0, entries
+        low, high = 0, len(fitted.placed)
         while low < high and self.effort > 0:
             middle = (low + high) // 2
-            tried = self.pack(counts, target, middle)
+            tried = self.pack(counts, replace(rule, last=middle))
             if tried.makespan <= target * (1 + _WORTH / 2):
                 high = middle
                 self.found.append(tried)
@@ -65,12 +64,13 @@ class _Search:
             rows.append(tuple(len(batch.pieces) * (w == fits[0]) for w in range(len(batch.ways))))
         return tuple(rows)
 
-    def reach(self, target: int) -> Counts | None:
-        """Counts with which everything fits within ``target``, as far as a search from the smallest teams finds any."""
+    def reach(self, rule: Rule) -> Counts | None:
+        """Counts with which everything fits, as far as a search from the smallest teams finds any."""
+        target = rule.target
         counts = self.smallest(target)
         if counts is None or self.work(counts) > target * self.ranks:
             return None
-        excess = self.pack(counts, target).excess(target)
+        excess = self.pack(counts, rule).excess(target)
         improved = True
         while excess and improved and self.effort > 0:
             improved = False
@@ -79,7 +79,7 @@ class _Search:
                 while number and excess and self.effort > 0:
                     tried = _moved(counts, b, a, z, min(number, counts[b][a]))
                     if tried != counts and self.work(tried) <= target * self.ranks:
-                        beyond = self.pack(tried, target).excess(target)
+                        beyond = self.pack(tried, rule).excess(target)
                         if beyond < excess:
                             counts, excess, improved = tried, beyond, True
                             number = min(number, counts[b][a])
@@ -119,7 +119,7 @@ def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
     alone = singles(batches)
     pieces = sum(len(batch.pieces) for batch in batches)
     search = _Search(batches, world, ranks, max(_EFFORT, _EFFORT_A_PIECE * pieces), [])
-    plain = [search.pack(alone, 0), deal(batches, world)]
+    plain = [search.pack(alone, Rule(0)), deal(batches, world)]
     search.found += plain
     high = bar = min(packing.makespan for packing in plain)
     low = max(-(-search.work(alone) // ranks), max((batch.ways[-1].cost for batch in batches), default=0))
@@ -127,11 +127,13 @@ def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
         target = (low + high) // 2
         if target in (low, high):
             break
-        counts = search.reach(target)
-        if counts is None:
-            low = target
+        for rule in (Rule(target, teams=False), Rule(target)):
+            counts = search.reach(rule)
+            if counts is not None:
+                high = min(target, search.keep(counts, rule))
+                break
         else:
-            high = min(target, search.keep(counts, target))
+            low = target
     best = min(packing.makespan for packing in search.found)
     fair = [packing for packing in search.found if packing.makespan <= min(bar, int(best * (1 + _WORTH)))]
     return min(fair, key=lambda packing: (packing.work, packing.most_numel, packing.makespan))

@@ -56,20 +56,34 @@ def singles(batches: Sequence[Batch]) -> Counts:
     return tuple((len(batch.pieces), *(0,) * (len(batch.ways) - 1)) for batch in batches)
 
 
-def pack(batches: Sequence[Batch], counts: Counts, target: int, world: int, best_fit: int | None = None) -> Packing:
+@dataclass(frozen=True)
+class Rule:
+    """Which pieces go to the fullest rank that they fit on; all others go to the emptiest.
+
+    Attributes:
+        target: Time of a rank to stay within; 0: nothing fits.
+        teams: Whether those of teams do.
+        last: Only the first so many batches and ways do; None: all.
+    """
+
+    target: int
+    teams: bool = True
+    last: int | None = None
+
+
+def pack(batches: Sequence[Batch], counts: Counts, rule: Rule, world: int) -> Packing:
     """Hand out the pieces: what cannot be chosen first, then large teams before small ones, costly before cheap.
 
-    A piece goes to the fullest rank that it does not lift above ``target`` (best fit decreasing, with which
-    MULTIFIT of Coffman, Garey and Johnson 1978 stays within 13/11 of the best makespan); where there is none, to the
-    one with the least load, among equals to the one with the fewest elements, then to the first. With a target of 0
-    this is longest processing time first (Graham 1969: at most 4/3 of the best possible makespan).
+    A piece goes to the fullest rank that it does not lift above the target (best fit decreasing, with which
+    MULTIFIT of Coffman, Garey and Johnson 1978 stays within 13/11 of the best makespan); where there is none, or by
+    rule, to the one with the least load, among equals to the one with the fewest elements, then to the first. With a
+    target of 0 this is longest processing time first (Graham 1969: at most 4/3 of the best possible makespan).
 
     Args:
         batches: What is handed out.
         counts: In which ways.
-        target: Time of a rank to stay within, where possible.
+        rule: What is fitted.
         world: Ranks are below this.
-        best_fit: Only the first so many entries are fitted; None: all.
     """
     packing = Packing({}, [0] * world, [0] * world)
     loads, numels = packing.loads, packing.numels
@@ -83,9 +97,10 @@ def pack(batches: Sequence[Batch], counts: Counts, target: int, world: int, best
         else:
             filled = [max([loads[rank] for rank in unit]) for unit in units]
         taken: dict[int, int] = {}
+        target = rule.target if rule.teams or way.size == 1 else 0
         room = target - cost
         packing.effort += len(units)
-        if room >= 0 and (best_fit is None or place < best_fit) and min(filled) <= room:
+        if room >= 0 and (rule.last is None or place < rule.last) and min(filled) <= room:
             for u in sorted(range(len(units)), key=filled.__getitem__, reverse=True):
                 if filled[u] <= room:
                     number = min(left, (target - filled[u]) // cost) if cost else left
