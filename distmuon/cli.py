@@ -74,9 +74,16 @@ def _calibrate(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from distmuon.planning.command import run_command
+
+    return run_command(arguments)
+
+
 COMMANDS = {
     "calibrate": Command(_calibrate, "measure how fast the engines are on this machine"),
     "check": Command(_check, "prove that the sharded update of your model is the single-device one"),
+    "plan": Command(_plan, "predict the step on a cluster: owners, time, memory, and what would be better"),
     "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
     "tokenize": Command(_tokenize, "turn text into shards of tokens, once for many runs"),
 }

@@ -1,0 +1,109 @@
+"""A Gantt chart: a row for each rank, its engine as a bar and its exchanges as lines above and below."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from distmuon.planning.figures import Prediction, RankFigures
+from distmuon.planning.story import ms, work
+
+COLORS = {"gather": "#4c78a8", "scatter": "#54a24b", "ns": "#e45756", "pack": "#b8a038", "wait": "#d9d9d9"}
+_LEGEND = {
+    "gather": "gather: shards on their way to owners",
+    "ns": "Newton-Schulz",
+    "scatter": "scatter: updates on their way home",
+    "pack": "packing, applying",
+    "wait": "waiting",
+}
+# Where a row has what: bottom and height
+_ROWS = {"gather": (-0.42, 0.12), "scatter": (0.30, 0.12)}
+_ENGINE = (-0.26, 0.52)
+
+
+def draw_gantt(axes: Axes, prediction: Prediction) -> None:
+    """Draw the spans of a prediction.
+
+    Args:
+        axes: To draw on.
+        prediction: With spans of the ranks to show; few of many ranks stand for all.
+    """
+    shown = _ordered(prediction)
+    row_of = {figures.rank: row for row, figures in enumerate(shown)}
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
+    for span in prediction.spans:
+        kind = "pack" if span.kind == "apply" else span.kind
+        bars[row_of[span.rank], kind].append((1e3 * span.start, 1e3 * (span.end - span.start)))
+    for (row, kind), found in bars.items():
+        bottom, height = _ROWS.get(kind, _ENGINE)
+        edges = {"edgecolor": "white", "linewidth": 0.4} if kind == "ns" and len(found) < 60 else {"linewidth": 0}
+        axes.broken_barh(found, (row + bottom, height), facecolor=COLORS[kind], **edges)
+    for row, figures in enumerate(shown):
+        done = 1e3 * figures.finish
+        axes.plot([done, done], [row - 0.42, row + 0.42], color="black", linewidth=1)
+    axes.set_yticks(range(len(shown)), [_label(prediction, figures) for figures in shown])
+    busiest = prediction.busiest
+    if busiest.rank in row_of:
+        label = axes.get_yticklabels()[row_of[busiest.rank]]
+        label.set_fontweight("bold")
+        label.set_color(COLORS["ns"])
+    axes.set_ylim(len(shown) - 0.4, -1.15)
+    last = 1e3 * prediction.seconds
+    axes.set_xlim(0, 1.02 * last)
+    axes.axvline(last, color="black", linewidth=0.8, linestyle=":")
+    _annotate(axes, prediction, row_of)
+    axes.set_xlabel("ms since the step began (black tick: the rank is done)")
+    axes.set_title(_heading(prediction, len(shown)), loc="left", fontsize=11)
+    handles = [Patch(color=COLORS[kind], label=text) for kind, text in _LEGEND.items()]
+    axes.legend(handles=handles, ncols=5, loc="upper right", fontsize=8, frameon=False, borderaxespad=0.1)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _ordered(prediction: Prediction) -> list[RankFigures]:
+    """Ranks with spans: by number where all are shown, else busiest first."""
+    ranks = {span.rank for span in prediction.spans}
+    shown = [figures for figures in prediction.ranks if figures.rank in ranks]
+    if len(shown) < len(prediction.ranks):
+        shown.sort(key=lambda figures: (-figures.ns, figures.rank))
+    return shown
+
+
+def _label(prediction: Prediction, figures: RankFigures) -> str:
+    ordered = sorted(prediction.ranks, key=lambda other: (-other.ns, other.rank))
+    places = {ordered[0].rank: "busiest", ordered[-1].rank: "idlest", ordered[len(ordered) // 2].rank: "median"}
+    place = places.get(figures.rank) if ordered[0].ns > 1.001 * ordered[-1].ns else None
+    if figures.rank == prediction.busiest.rank:
+        place = "busiest"
+    alike = Counter(other.owned for other in prediction.ranks)[figures.owned] - 1
+    hidden = len({span.rank for span in prediction.spans}) < len(prediction.ranks)
+    more = f" + {alike:,} like it" if hidden and alike else ""
+    return f"rank {figures.rank}{more}{f', {place}' if place else ''}"
+
+
+def _heading(prediction: Prediction, shown: int) -> str:
+    if shown == len(prediction.ranks):
+        return "The step, rank by rank"
+    return f"The step of {shown} of {len(prediction.ranks):,} ranks, from the busiest to the idlest"
+
+
+def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> None:
+    """Say in the row of the busiest rank what it is busy with."""
+    busiest = prediction.busiest
+    spans = [span for span in prediction.spans if span.rank == busiest.rank and span.kind == "ns"]
+    if not spans:
+        return
+    longest = max(spans, key=lambda span: span.end - span.start)
+    axes.annotate(
+        f"{work(busiest)}: {ms(busiest.ns)} ms",
+        xy=(500 * (longest.start + longest.end), row_of[busiest.rank] - 0.26),
+        xytext=(0.012, 0.985),
+        textcoords="axes fraction",
+        va="top",
+        fontsize=9,
+        color=COLORS["ns"],
+        fontweight="bold",
+        arrowprops={"arrowstyle": "->", "color": COLORS["ns"], "relpos": (0.5, 0)},
+    )

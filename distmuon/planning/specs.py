@@ -1,0 +1,75 @@
+"""From a model, a layout and a device to what a plan is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from distmuon.costing import owner_cost, team_costs
+from distmuon.numerics.recipe import Request
+from distmuon.plan.parameters import ParameterSpec
+from distmuon.planning.devices import Device
+from distmuon.planning.layouts import Layout, holder
+from distmuon.planning.models import Model
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a prediction depends on.
+
+    Attributes:
+        model: The parameters.
+        layout: Who stores what.
+        device: How fast ranks and links are.
+        request: How matrices are orthogonalized; matrices travel in its dtype.
+        bucket_mib: As ``bucket_bytes`` of :class:`distmuon.Muon`, in MiB.
+        teams: Whether matrices may have several owners.
+        eps: Of the iteration, as it tells buckets apart.
+    """
+
+    model: Model
+    layout: Layout
+    device: Device
+    request: Request = field(default_factory=lambda: Request(torch.bfloat16))
+    bucket_mib: float = 64.0
+    teams: bool = True
+    eps: float = 1e-7
+
+    @property
+    def bucket_numel(self) -> int:
+        """Most elements that a rank owns of a bucket."""
+        return max(1, int(self.bucket_mib * 2**20) // self.itemsize)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element that travels."""
+        return self.request.dtype.itemsize
+
+    def but(self, **changes: object) -> Setup:
+        """A copy with other values."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def specs_of(setup: Setup) -> list[ParameterSpec]:
+    """What :func:`distmuon.plan.plan.build_plan` takes."""
+    nodes, device, table = setup.layout.node_ranks, setup.device.torch_device, setup.device.table
+    hold = holder(setup.layout)
+    found = []
+    for parameter in setup.model.on_muon:
+        matrices = parameter.matrices
+        assert matrices is not None
+        rows, cols = matrices.rows, matrices.cols
+        spec = ParameterSpec(
+            matrices=matrices,
+            shape=parameter.shape,
+            holdings=hold(parameter.shape, parameter.stacked),
+            group=parameter.group,
+            kind=f"{device.type} float32 {setup.request.coefficients} {setup.request.steps} {setup.eps}",
+            cost=owner_cost(rows, cols, device, setup.request, table),
+        )
+        if setup.teams and setup.layout.world > 1:
+            extent = parameter.shape[spec.slab_axis]
+            spec = replace(spec, teams=team_costs(rows, cols, extent, device, setup.request, table, nodes))
+        found.append(spec)
+    return found

@@ -1,0 +1,72 @@
+"""Which rank is the bottleneck, and why: in words, for pictures."""
+
+from __future__ import annotations
+
+import textwrap
+
+from distmuon.planning.figures import Prediction, RankFigures
+
+# A busiest rank with so much more than an even share has a reason that is worth telling
+_UNEVEN = 1.05
+# And a step of which so much is not orthogonalization
+_EXPOSED = 0.25
+
+
+def title(prediction: Prediction, width: int = 125) -> str:
+    """What the picture shows, in sentences: where, who is last, and what would change it."""
+    p, layout = prediction, prediction.setup.layout
+    where = (
+        f"{p.setup.model.name}, {layout} on {layout.world:,} x {p.setup.device.name}: the step takes "
+        f"{ms(p.seconds)} ms ({p.share:.1%} of a training step)."
+    )
+    return "\n".join([where, *textwrap.wrap(f"{bottleneck(p)} {why(p)}", width)])
+
+
+def bottleneck(prediction: Prediction) -> str:
+    """Which rank has most to do."""
+    busiest = prediction.busiest
+    alike = sum(1 for figures in prediction.ranks if figures.owned == busiest.owned) - 1
+    ranks = f"Rank {busiest.rank}" if not alike else f"Rank {busiest.rank} (like {alike:,} more)"
+    return (
+        f"{ranks} is the bottleneck: it orthogonalizes {work(busiest)} for {ms(busiest.ns)} ms, "
+        f"{busiest.ns / prediction.ideal:.2f} times an even share."
+    )
+
+
+def why(prediction: Prediction) -> str:
+    """What keeps the step from being shorter."""
+    p = prediction
+    reasons = []
+    if p.makespan > _UNEVEN * p.ideal:
+        if not any(size > 1 for size in p.teams()):
+            single = max(spec.cost for spec in p.plan.parameters) * 1e-9
+            if single >= 0.95 * p.makespan:
+                reasons.append("One matrix alone takes it that long: only a team could share it")
+            else:
+                reasons.append("Whole matrices cannot be shared out more evenly")
+        elif p.largest >= 0.95 * p.makespan:
+            reasons.append("Its largest matrix is no faster on a larger team")
+        else:
+            reasons.append("Ranks of a team talk and repeat small products: their work adds up to more")
+    if p.exposed > _EXPOSED * p.seconds:
+        reasons.append(f"{ms(p.exposed)} ms more are exchange and passes over memory that nothing hides")
+    return " ".join(f"{reason}." for reason in reasons)
+
+
+def work(figures: RankFigures, most: int = 3) -> str:
+    """What a rank orthogonalizes."""
+    found = [
+        f"{count:,} of {kind.rows} x {kind.cols}" + (f" in teams of {kind.parts}" if kind.parts > 1 else "")
+        for kind, count in figures.owned
+    ]
+    if not found:
+        return "nothing"
+    if len(found) > most:
+        others = sum(count for _, count in figures.owned[most - 1 :])
+        found = [*found[: most - 1], f"{others:,} others"]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
