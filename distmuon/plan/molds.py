@@ -13,8 +13,8 @@ _CLOSE = 0.001
 # Teams, or another packing, must shorten the makespan by more than this: a plan with less work is worth as much
 _WORTH = 0.005
 # Units looked at and pieces put down in all: a count, so that every rank stops at the same place
-_EFFORT = 600_000
-_EFFORT_A_PIECE = 30
+_EFFORT = 300_000
+_EFFORT_A_PIECE = 20
 
 
 @dataclass

@@ -111,9 +111,12 @@ def pack(batches: Sequence[Batch], counts: Counts, rule: Rule, world: int) -> Pa
                         break
         if left:
             packing.effort += left
+            # so many pieces reach no more than so many of the emptiest units
+            limit = sorted(filled)[min(left, len(filled)) - 1]
             heap = [
                 (load, max([numels[rank] for rank in units[u]]) + share * taken.get(u, 0), u)
                 for u, load in enumerate(filled)
+                if load <= limit
             ]
             heapq.heapify(heap)
             for _ in range(left):
