@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -28,9 +28,7 @@ class Link:
     gather: float
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{key}={value}: seconds are finite and not negative.")
+        _check(asdict(self))
 
     def all_to_all(self, sent: float, received: float) -> float:
         """Seconds of an all-to-all, of bytes that leave a rank and that reach it; both ways are used at a time."""
@@ -73,8 +71,40 @@ class Speeds:
     copy: float = 0.0
     apply: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check({"blend": self.blend, "copy": self.copy, "apply": self.apply})
+
     @classmethod
     def parse(cls, found: Mapping[str, Any]) -> Speeds:
-        """From parsed JSON, as :func:`dataclasses.asdict` writes it."""
-        passes = {key: float(found[key]) for key in ("blend", "copy", "apply")}
-        return cls(Link(**found["local"]), Link(**found["remote"]), **passes)
+        """From parsed JSON, as :func:`dataclasses.asdict` writes it; other keys are ignored.
+
+        Raises:
+            ValueError: if something is missing or no number of seconds; names it.
+        """
+        passes = {key: _seconds(found, "speeds", key) for key in ("blend", "copy", "apply")}
+        return cls(_link(found, "local"), _link(found, "remote"), **passes)
+
+
+def _link(found: object, name: str) -> Link:
+    link = _get(found, "speeds", name)
+    return Link(*(_seconds(link, f"speeds.{name}", field.name) for field in fields(Link)))
+
+
+def _get(found: object, where: str, key: str) -> Any:
+    if not isinstance(found, Mapping) or key not in found:
+        raise ValueError(f"{where} has no {key!r}")
+    return found[key]
+
+
+def _seconds(found: object, where: str, key: str) -> float:
+    value = _get(found, where, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{where}.{key}={value!r} is no number of seconds")
+    _check({f"{where}.{key}": value})
+    return float(value)
+
+
+def _check(seconds: Mapping[str, float]) -> None:
+    for key, value in seconds.items():
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{key}={value}: seconds are finite and not negative.")

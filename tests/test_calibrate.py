@@ -15,7 +15,8 @@ from distmuon.calibrating import command, measure
 from distmuon.calibrating.fit import errors, fit
 from distmuon.calibrating.measure import Timing
 from distmuon.calibrating.report import report
-from distmuon.calibrating.shapes import ACCELERATOR, CPU, Shapes
+from distmuon.calibrating.session import Findings
+from distmuon.calibrating.shapes import ACCELERATOR, CPU, Shapes, Sizes
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_table
@@ -173,12 +174,14 @@ def test_what_would_take_too_long_is_left_out_and_told(clock):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(command, "shapes_for", lambda device: TINY)
+    monkeypatch.setattr(command, "PASS_SIDES", Sizes(fitted=(3, 5), held_out=(4,)))
     monkeypatch.setattr(measure, "_SHORTEST_S", 0.0)
+    monkeypatch.setattr(command, "PASS_NUMEL", 100)
 
 
 def test_the_command_writes_a_table_that_is_used(tiny, tmp_path, capsys):
     out, threads = tmp_path / "table.json", torch.get_num_threads()
-    assert cli.main(["calibrate", "--out", str(out), "--threads", "1", "--engines", "composed,gram"]) == 0
+    assert cli.main(["calibrate", "--out", str(out), "--threads", "1", "--engines", "composed,gram", "--no-links"]) == 0
     assert torch.get_num_threads() == threads
     text = capsys.readouterr().out
     for what in ("5 x 9*", "70 x 72 ", "composed: ", "gram: ", "at worst (2)", f"wrote {out}", "1 thread,"):
@@ -206,6 +209,7 @@ def test_the_command_writes_a_table_that_is_used(tiny, tmp_path, capsys):
         (["--threads", "two"], "invalid int value: 'two' (see distmuon calibrate --help)."),
         (["--engines", "composed,fast"], "--engines names 'fast', which cannot be measured: give some of standard,"),
         (["--engines", "auto"], "--engines names 'auto'"),
+        (["--ranks", "0"], "--ranks is 0, and it counts processes: give 1 or more."),
         (["--device", "abacus"], "--device abacus cannot be used ("),
         (["--device", "meta"], "--device meta computes nothing"),
         (["--out", "missing/table.json"], "--out missing/table.json cannot be written (No such file or directory):"),
@@ -215,7 +219,7 @@ def test_the_command_writes_a_table_that_is_used(tiny, tmp_path, capsys):
 )
 def test_mistakes_are_told_before_anything_is_measured(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: pytest.fail("measured"))
     assert cli.main(["calibrate", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1
@@ -224,7 +228,7 @@ def test_mistakes_are_told_before_anything_is_measured(arguments, sentence, tmp_
 
 
 def test_a_device_that_this_machine_lacks(monkeypatch, capsys):
-    monkeypatch.setattr(command, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: pytest.fail("measured"))
     assert cli.main(["calibrate", "--device", "cuda:99"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: --device cuda:99 cannot be used (") and told.count("\n") == 1
@@ -233,7 +237,7 @@ def test_a_device_that_this_machine_lacks(monkeypatch, capsys):
 def test_an_old_table_survives_a_mistake(tmp_path, monkeypatch):
     out = tmp_path / "table.json"
     out.write_text("old")
-    monkeypatch.setattr(command, "measure", lambda *args, **kwargs: [])
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: Findings())
     # nothing could be measured, so there is nothing to write
     assert cli.main(["calibrate", "--out", str(out)]) == 1
     assert out.read_text() == "old"
@@ -243,7 +247,7 @@ def test_an_engine_that_is_too_slow_is_left_out(tmp_path, monkeypatch, capsys):
     rates = Rates(**RATE_SIZES)
     slow = [timed(shape, rates, "standard") for shape in CPU.fitted[:3]]
     fast = [timed(shape, rates, "composed") for shape in CPU.all]
-    monkeypatch.setattr(command, "measure", lambda *args, **kwargs: slow + fast)
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: Findings(engines=slow + fast))
     out = tmp_path / "table.json"
     assert cli.main(["calibrate", "--out", str(out), "--engines", "standard,composed"]) == 0
     assert "left out: standard, too slow here" in capsys.readouterr().out

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import pathlib
-import platform
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
+from distmuon.calibrating.arguments import Arguments, parse
+from distmuon.calibrating.devices import device_name
 from distmuon.calibrating.fit import Errors, errors, fit
-from distmuon.calibrating.measure import measure
-from distmuon.calibrating.report import report
-from distmuon.calibrating.shapes import shapes_for
+from distmuon.calibrating.moving import Moving, fit_moving
+from distmuon.calibrating.ranks import RanksError
+from distmuon.calibrating.report import report, report_moving
+from distmuon.calibrating.session import Findings, Job, run
+from distmuon.calibrating.shapes import LINK_SIZES, PASS_NUMEL, PASS_SIDES, Shapes, shapes_for
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.numerics.hardware import device_class
-from distmuon.usage import Parser, UsageError
+from distmuon.usage import UsageError
 
-DESCRIPTION = """\
-Measure how long each engine of the orthogonalization takes on this machine, and write a cost table for
-Muon(cost_table=...), orthogonalize(table=...) and the cost_table setting of a pretraining config:
-
-  distmuon calibrate
-  distmuon calibrate --device cuda --out h100.json
-
-Takes one to two minutes. Run it while the machine has nothing else to do, with the threads that training will have."""
-
-_ENGINES = ("standard", "composed", "gram", "rational")
-# Those that auto chooses among; factorizations do not suit an accelerator
-_AUTO = {"cpu": ("rational", "composed", "gram")}
-_AUTO_ACCELERATOR = ("composed", "gram")
 # Fewer shapes than this tell nothing about six rates
 _FEWEST = 4
 
@@ -48,10 +38,10 @@ def run_command(arguments: Sequence[str]) -> int:
     """
     before = torch.get_num_threads()
     try:
-        known = _parse(arguments)
-        if known.threads is not None:
-            torch.set_num_threads(known.threads)
-        return _calibrate(known.device, known.engines, known.out)
+        given = parse(arguments)
+        if given.threads is not None:
+            torch.set_num_threads(given.threads)
+        return _calibrate(given)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,118 +49,79 @@ def run_command(arguments: Sequence[str]) -> int:
         torch.set_num_threads(before)
 
 
-def _calibrate(device: torch.device, engines: Sequence[str], out: pathlib.Path) -> int:
-    shapes = shapes_for(device)
-    source = _source(device)
-    print(f"{source}; about a minute", flush=True)
-    timings = measure(shapes.all, engines, device=device)
+def _calibrate(given: Arguments) -> int:
+    shapes = shapes_for(given.device)
+    sizes = LINK_SIZES.all if given.links else ()
+    job = Job(shapes.all, given.engines, PASS_SIDES.all, PASS_NUMEL, sizes)
+    threads = torch.get_num_threads() if given.threads is not None else max(1, torch.get_num_threads() // given.ranks)
+    source = _source(given, threads)
+    if not given.in_launch or os.environ.get("RANK") == "0":
+        print(f"{source}; about a minute", flush=True)
+    try:
+        found = run(job, device=given.device, count=given.ranks, threads=threads, in_launch=given.in_launch)
+    except RanksError as error:
+        way_out = f"give {'' if given.ranks == 1 else '--ranks 1 '}--no-links to do without them"
+        if given.in_launch:
+            way_out = "look for the first error among all ranks"
+        print(f"error: links were not measured ({error}): {way_out}.", file=sys.stderr)
+        return 1
+    # other ranks have given theirs to the first
+    return 0 if found is None else _write(given, found, shapes, source)
+
+
+def _write(given: Arguments, found: Findings, shapes: Shapes, source: str) -> int:
+    rates, engine_errors = _rates(given.engines, found, shapes)
+    if not rates:
+        print("error: no engine was measured on enough shapes, so there is no table to write.", file=sys.stderr)
+        return 1
+    moving = fit_moving(found, device_class(given.device), LINK_SIZES, PASS_SIDES)
+    table = CostTable(device_class(given.device), source, tuple(rates.items()), moving.speeds)
+    print(report(found.engines, shapes.held_out, table, engine_errors, given.device))
+    print(report_moving(moving))
+    try:
+        table.save(given.out, **_notes(found, shapes, engine_errors, moving))
+    except OSError as error:
+        print(f"error: --out {given.out} cannot be written ({error.strerror}): name another file.", file=sys.stderr)
+        return 1
+    print(f"wrote {given.out}: name it as cost_table of distmuon.Muon or of the optim section of a config.")
+    return 0
+
+
+def _rates(names: Sequence[str], found: Findings, shapes: Shapes) -> tuple[dict[str, Rates], dict[str, Errors]]:
+    """The fit of each engine that was measured on enough shapes, and its errors on those held out."""
     rates: dict[str, Rates] = {}
-    found: dict[str, Errors] = {}
-    for engine in engines:
-        own = [timing for timing in timings if timing.engine == engine]
+    off: dict[str, Errors] = {}
+    for engine in names:
+        own = [timing for timing in found.engines if timing.engine == engine]
         known = [timing for timing in own if timing.shape in shapes.fitted]
         unseen = [timing for timing in own if timing.shape in shapes.held_out]
         if len(known) < _FEWEST or not unseen:
             print(f"left out: {engine}, too slow here for enough shapes to tell its rates.")
             continue
         rates[engine] = fit(known)
-        found[engine] = errors(unseen, rates[engine])
-    if not rates:
-        print("error: no engine was measured on enough shapes, so there is no table to write.", file=sys.stderr)
-        return 1
-    table = CostTable(device_class(device), source, tuple(rates.items()))
-    print(report(timings, shapes.held_out, table, found, device))
-    notes = {
-        "errors": {engine: asdict(error) for engine, error in found.items()},
+        off[engine] = errors(unseen, rates[engine])
+    return rates, off
+
+
+def _notes(found: Findings, shapes: Shapes, engine_errors: dict[str, Errors], moving: Moving) -> dict[str, Any]:
+    return {
+        "errors": {engine: asdict(error) for engine, error in engine_errors.items()},
+        "speed_errors": {name: asdict(error) for name, error in moving.errors.items()},
+        "estimated": list(moving.estimated),
         "held_out": shapes.held_out,
-        "timings": [asdict(timing) for timing in timings],
+        "held_out_bytes": LINK_SIZES.held_out,
+        "held_out_sides": PASS_SIDES.held_out,
+        "timings": [asdict(timing) for timing in found.engines],
+        "passes": [asdict(timing) for timing in found.passes],
+        "links": [asdict(timing) for timing in found.links],
     }
-    try:
-        table.save(out, **notes)
-    except OSError as error:
-        print(f"error: --out {out} cannot be written ({error.strerror}): name another file.", file=sys.stderr)
-        return 1
-    print(f"wrote {out}: name it as cost_table of distmuon.Muon or of the optim section of a config.")
-    return 0
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="distmuon calibrate",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--device", default="cpu", help="what to measure: cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--out", default="cost_table.json", metavar="FILE", help="the table (cost_table.json)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of a CPU; else as many as torch takes")
-    parser.add_argument(
-        "--engines", metavar="NAME,...", help=f"of {', '.join(_ENGINES)}; else those that auto chooses of"
-    )
-    known = parser.parse_args(list(arguments))
-    known.device = _device(known.device)
-    if known.threads is not None and known.threads < 1:
-        raise UsageError(f"--threads is {known.threads}, and it counts: give 1 or more.")
-    if known.threads is not None and known.device.type != "cpu":
-        raise UsageError(f"--threads is for a CPU, and --device is {known.device}: drop one of them.")
-    known.engines = _engines(known.engines, known.device)
-    known.out = pathlib.Path(known.out)
-    _check_writable(known.out)
-    return known
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        # a device that torch knows of may be missing in this machine or this build
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n", 1)[0].rstrip(".")
-        raise UsageError(
-            f"--device {name} cannot be used ({reason}): give cpu, or a device of this machine."
-        ) from error
-    if device.type == "meta":
-        raise UsageError("--device meta computes nothing that could be timed: name cpu or another one.")
-    return device
-
-
-def _engines(text: str | None, device: torch.device) -> tuple[str, ...]:
-    if text is None:
-        return _AUTO.get(device.type, _AUTO_ACCELERATOR)
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in _ENGINES:
-            raise UsageError(f"--engines names {name!r}, which cannot be measured: give some of {', '.join(_ENGINES)}.")
-    return names
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Refuse before the measurement what could not be written after it."""
-    there = path.exists()
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written ({error.strerror}): name another file.") from error
-    if not there:
-        path.unlink()
-
-
-def _source(device: torch.device) -> str:
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        where = f"{_cpu_name()}, {threads} thread{'' if threads == 1 else 's'}"
-    elif device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        where = device.type
+def _source(given: Arguments, threads: int) -> str:
+    where = device_name(given.device)
+    if given.device.type == "cpu":
+        where += f", {threads} thread{'' if threads == 1 else 's'}"
+    ranks = int(os.environ["WORLD_SIZE"]) if given.in_launch else given.ranks
+    if ranks > 1:
+        where += f", {ranks} ranks at the same time"
     return f"measured on {where}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
-
-
-def _cpu_name() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""From timings to the rates of an engine, and how well these predict shapes that were not fitted."""
+"""From timings to rates: of engines, links and passes; and how well these predict what was not fitted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from distmuon.calibrating.links import COLLECTIVES, LinkTiming
 from distmuon.calibrating.measure import Timing
+from distmuon.calibrating.passes import PassTiming
 from distmuon.numerics.costs import Rates
+from distmuon.speeds import Link
 
 _TERMS = tuple(field.name for field in fields(Rates))
 # Terms that take away less than this share of what is left are not worth a number
@@ -25,7 +28,7 @@ class Errors:
     Attributes:
         median: Of their absolute values.
         worst: The largest absolute value.
-        shapes: How many were compared.
+        shapes: How many were compared: shapes, or sizes of what travels.
     """
 
     median: float
@@ -34,33 +37,55 @@ class Errors:
 
 
 def fit(timings: Sequence[Timing]) -> Rates:
-    """The rates, none negative, with the least sum of squared relative errors.
-
-    Of every choice of terms the best rates of either sign are taken, and of those without a negative one the best:
-    that is the solution, since the terms that it has solve their own problem without the constraint.
+    """The rates of an engine, none negative, with the least sum of squared relative errors.
 
     Args:
         timings: Of one engine, one at least.
     """
-    if not timings:
-        raise ValueError("timings is empty: give one at least.")
+    _check(timings)
     # either kind alone tells one fixed time
     both = len({timing.batched for timing in timings}) == 2
     terms = [term for term in _TERMS if both or term != "batched"]
     nothing = dict.fromkeys(terms, 0.0)
     units = [Rates(**{**nothing, term: 1.0}) for term in terms]
-    columns = torch.tensor([[predicted(timing, unit) for unit in units] for timing in timings], dtype=torch.float64)
-    relative = columns / torch.tensor([[timing.seconds] for timing in timings], dtype=torch.float64)
-    # units of 1 s a multiply-add and 1 s a matrix are far apart
-    sizes = relative.amax(0)
-    found = _non_negative(relative / sizes) / sizes
-    return Rates(**{**nothing, **dict(zip(terms, found.tolist(), strict=True))})
+    found = _solve([[predicted(timing, unit) / timing.seconds for unit in units] for timing in timings])
+    return Rates(**{**nothing, **dict(zip(terms, found, strict=True))})
+
+
+def fit_link(timings: Sequence[LinkTiming]) -> Link:
+    """The latency and the rates of a class of links, none negative, with the least sum of squared relative errors.
+
+    Args:
+        timings: Of one class, one at least.
+    """
+    _check(timings)
+    units = [Link(*(float(number == term) for number in range(1 + len(COLLECTIVES)))) for term in range(4)]
+    return Link(*_solve([[link_seconds(timing, unit) / timing.seconds for unit in units] for timing in timings]))
+
+
+def fit_pass(timings: Sequence[PassTiming]) -> float:
+    """Seconds an element of one pass, with the least sum of squared relative errors.
+
+    Args:
+        timings: Of one pass, one at least.
+    """
+    _check(timings)
+    return _solve([[1.0 / timing.seconds] for timing in timings])[0]
 
 
 def errors(timings: Sequence[Timing], rates: Rates) -> Errors:
     """How well ``rates`` predict ``timings``, one at least."""
-    found = [abs(predicted(timing, rates) / timing.seconds - 1.0) for timing in timings]
-    return Errors(statistics.median(found), max(found), len(found))
+    return _errors([predicted(timing, rates) / timing.seconds for timing in timings])
+
+
+def link_errors(timings: Sequence[LinkTiming], link: Link) -> Errors:
+    """How well ``link`` predicts ``timings``, one at least."""
+    return _errors([link_seconds(timing, link) / timing.seconds for timing in timings])
+
+
+def pass_errors(timings: Sequence[PassTiming], seconds: float) -> Errors:
+    """How well so many seconds an element predict ``timings``, one at least."""
+    return _errors([seconds / timing.seconds for timing in timings])
 
 
 def predicted(timing: Timing, rates: Rates) -> float:
@@ -68,8 +93,43 @@ def predicted(timing: Timing, rates: Rates) -> float:
     return rates.seconds(timing.rows, timing.cols, big=timing.big, small=timing.small, batched=timing.batched)
 
 
+def link_seconds(timing: LinkTiming, link: Link) -> float:
+    """Seconds that ``link`` gives the case of ``timing``."""
+    nbytes, ranks = timing.nbytes, timing.ranks
+    if timing.collective == "exchange":
+        return link.all_to_all(nbytes, nbytes)
+    # of the whole, of which so much leaves a rank
+    whole = nbytes * ranks / (ranks - 1)
+    return link.all_reduce(whole / 2, ranks) if timing.collective == "reduce" else link.all_gather(whole, ranks)
+
+
+def _check(timings: Sequence[object]) -> None:
+    if not timings:
+        raise ValueError("timings is empty: give one at least.")
+
+
+def _errors(ratios: Sequence[float]) -> Errors:
+    found = [abs(ratio - 1.0) for ratio in ratios]
+    return Errors(statistics.median(found), max(found), len(found))
+
+
+def _solve(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The ``x >= 0`` with the least ``|rows x - 1|``, for columns of any units."""
+    relative = torch.tensor(rows, dtype=torch.float64)
+    # units of 1 s a multiply-add and 1 s a matrix are far apart
+    sizes = relative.amax(0)
+    # a column of zeros, of what was not measured, gets nothing
+    sizes[sizes == 0.0] = 1.0
+    found: list[float] = (_non_negative(relative / sizes) / sizes).tolist()
+    return found
+
+
 def _non_negative(columns: Tensor) -> Tensor:
-    """The ``x >= 0`` with the least ``|columns x - 1|``, float64."""
+    """The ``x >= 0`` with the least ``|columns x - 1|``, float64.
+
+    Of every choice of columns the best numbers of either sign are taken, and of those without a negative one the best:
+    that is the solution, since the columns that it has solve their own problem without the constraint.
+    """
     ones = torch.ones(len(columns), 1, dtype=torch.float64)
     best, least = torch.zeros(columns.size(1), dtype=torch.float64), float(len(columns))
     for count in range(1, min(columns.shape) + 1):

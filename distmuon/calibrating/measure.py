@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmuon.calibrating.devices import wait
 from distmuon.calibrating.shapes import Shape
 from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import Recipe, Request, choose
@@ -79,6 +80,7 @@ def measure(
     limit_s: float = 60.0,
     longest_s: float = 3.0,
     say: Callable[[str], object] = print,
+    agree: Callable[[float], float] = float,
 ) -> list[Timing]:
     """Time engines on shapes, with the threads that torch uses now.
 
@@ -96,16 +98,19 @@ def measure(
         limit_s: No round is begun later than this many seconds after the start; one always is.
         longest_s: A case that would take more seconds than this, going by smaller ones, is left out.
         say: Called with a line for each case that is left out.
+        agree: The largest number of all ranks that measure at the same time, once all are here; each case then has
+            all of them busy.
 
     Returns:
         One timing for each case that was not left out, engine by engine in the order of ``shapes``.
     """
     started = time.perf_counter()
-    cases = [case for engine in engines for case in _warm(engine, shapes, device, dtype, longest_s, say)]
+    cases = [case for engine in engines for case in _warm(engine, shapes, device, dtype, longest_s, say, agree)]
     for attempt in range(rounds):
-        if attempt and time.perf_counter() - started > limit_s:
+        if attempt and agree(time.perf_counter() - started) > limit_s:
             break
         for case in cases:
+            agree(0.0)
             case.samples.append(_sample(case, device, dtype))
     order = {shape: number for number, shape in enumerate(shapes)}
     cases.sort(key=lambda case: (engines.index(case.engine), order[case.shape]))
@@ -119,6 +124,7 @@ def _warm(
     dtype: torch.dtype,
     longest_s: float,
     say: Callable[[str], object],
+    agree: Callable[[float], float],
 ) -> list[_Case]:
     """Cases of an engine, smallest first, each run once; those that would take too long are told and left out."""
     candidates = [_case(engine, shape, device, dtype) for shape in shapes]
@@ -130,7 +136,7 @@ def _warm(
         if predicted > longest_s:
             say(f"left out: {engine} on {rows} x {cols} would take about {predicted:.0f} s.")
             continue
-        seen = _once(case, device, dtype) / (case.work() * len(case.source))
+        seen = agree(_once(case, device, dtype)) / (case.work() * len(case.source))
         # the best rate so far: that of a larger matrix is no worse, unless somebody disturbed it
         rate = min(seen, rate or seen)
         cases.append(case)
@@ -157,16 +163,11 @@ def _sample(case: _Case, device: torch.device, dtype: torch.dtype) -> float:
 
 def _once(case: _Case, device: torch.device, dtype: torch.dtype) -> float:
     matrices = case.source.clone()
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     orthogonalize_(matrices, case.recipe, eps=0.0, dtype=dtype)
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 def _timing(case: _Case) -> Timing:

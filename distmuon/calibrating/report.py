@@ -1,4 +1,4 @@
-"""The table that ``distmuon calibrate`` prints."""
+"""The tables that ``distmuon calibrate`` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 
 from distmuon.calibrating.fit import Errors
+from distmuon.calibrating.links import COLLECTIVES
 from distmuon.calibrating.measure import Timing
+from distmuon.calibrating.moving import Moving
+from distmuon.calibrating.passes import PASSES
 from distmuon.calibrating.shapes import Shape
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Request, choose
@@ -52,6 +55,37 @@ def report(
     if spread > _RESTLESS:
         lines.append(f"Times differed by {spread:.0%} between rounds: run this again when the machine is idle.")
     return "\n".join(lines)
+
+
+def report_moving(moving: Moving) -> str:
+    """Latency and rates of links, and of passes over memory, with the errors of the fit."""
+    titles = ("", "latency ms", "GB/s", "median off", "worst off")
+    lines = ["", f"{titles[0]:>18}" + "".join(f"{title:>12}" for title in titles[1:])]
+    for name in ("local", "remote"):
+        link = getattr(moving.speeds, name)
+        for collective in COLLECTIVES:
+            cells = [f"{link.latency * 1e3:.3f}", _inverse(getattr(link, collective))]
+            lines.append(_line(moving, f"{name} {collective}", cells, estimated=name in moving.estimated))
+    lines += ["", f"{'':>18}" + "".join(f"{title:>12}" for title in ("", "Gelement/s", *titles[3:]))]
+    for name in PASSES:
+        cells = ["", _inverse(getattr(moving.speeds, name))]
+        lines.append(_line(moving, name, cells, estimated=name not in moving.errors))
+    told = [f"{name} links between {ranks} ranks" for name, ranks in moving.ranks.items()]
+    told += [f"no {name} links, for which the built-in estimate stands" for name in moving.estimated]
+    return "\n".join([*lines, f"Measured: {'; '.join(told)}. Errors are on sizes held out of the fit.", ""])
+
+
+def _line(moving: Moving, name: str, cells: Sequence[str], *, estimated: bool) -> str:
+    error = moving.errors.get(name)
+    off = ["estimate", ""] if estimated else ["-", "-"]
+    if error is not None:
+        off = [f"{error.median:.0%}", f"{error.worst:.0%}"]
+    return (f"{name:>18}" + "".join(f"{cell:>12}" for cell in (*cells, *off))).rstrip()
+
+
+def _inverse(seconds: float) -> str:
+    """Billions a second, of bytes or elements."""
+    return f"{1e-9 / seconds:.3g}" if seconds else "-"
 
 
 def _by_shape(timings: Sequence[Timing], engines: Sequence[str]) -> Iterator[tuple[Shape, dict[str, float]]]:

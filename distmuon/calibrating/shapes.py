@@ -1,4 +1,4 @@
-"""Which shapes are measured: some for the fit, and others that say how good it is."""
+"""Which shapes and sizes are measured: some for the fit, and others that say how good it is."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ class Shapes:
 
     @property
     def all(self) -> tuple[Shape, ...]:
+        """Both, in order."""
+        return tuple(sorted({*self.fitted, *self.held_out}))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that travel, or rows of square matrices.
+
+    Attributes:
+        fitted: What rates are fitted to.
+        held_out: What predictions are compared on, between those.
+    """
+
+    fitted: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[int, ...]:
         """Both, in order."""
         return tuple(sorted({*self.fitted, *self.held_out}))
 
@@ -89,3 +107,13 @@ ACCELERATOR = Shapes(
         (6144, 6144),
     ),
 )
+_KI = 1 << 10
+# Bytes that leave a rank in one collective
+LINK_SIZES = Sizes(
+    fitted=(64 * _KI, 256 * _KI, 1024 * _KI, 4096 * _KI, 16384 * _KI),
+    held_out=(128 * _KI, 512 * _KI, 2048 * _KI, 8192 * _KI),
+)
+# Elements of all shards of one size together: past the caches of a CPU, as a model is
+PASS_NUMEL = 1 << 23
+# Rows of the square shards that passes go over
+PASS_SIDES = Sizes(fitted=(256, 512, 1024, 2048), held_out=(384, 768, 1536))

@@ -40,9 +40,7 @@ def builtin_table(device: str) -> CostTable:
     Args:
         device: See :func:`distmuon.numerics.hardware.device_class`.
     """
-    if device in _TABLES:
-        return _TABLES[device]
-    return _TABLES["cpu-float32" if device.startswith("cpu") else "cuda-sm90"]
+    return _TABLES[_nearest(device)]
 
 
 def _gpu(device: str) -> CostTable:
@@ -105,12 +103,27 @@ _TABLES = {table.device: table for table in (_FLOAT32, _AMX, _BF16, *map(_gpu, _
 
 
 def builtin_speeds(device: str) -> Speeds:
-    """Estimates of links and memory for a class of devices (:func:`distmuon.numerics.hardware.device_class`).
+    """Estimates of links and memory for a class of devices; those of the nearest kind where it has none.
 
-    Of GPUs: NVLink as nodes of eight have it, and one 400 Gbit/s adapter a GPU between nodes, both at what collectives
-    are known to reach of them.
+    Of GPUs: NVLink as nodes of eight have it, and one adapter a GPU between nodes.
+
+    Args:
+        device: See :func:`distmuon.numerics.hardware.device_class`.
     """
-    return _GPU_SPEEDS if device.startswith("cuda") else _CPU_SPEEDS
+    nearest = _nearest(device)
+    return _CPU_SPEEDS if nearest.startswith("cpu") else _GPU_SPEEDS[nearest]
+
+
+def _nearest(device: str) -> str:
+    """The class with a built-in table that is most like ``device``."""
+    if device in _TABLES:
+        return device
+    if device.startswith("cpu"):
+        return "cpu-float32"
+    if not device.startswith("cuda-sm"):
+        return "cuda-sm90"
+    # 9x and 10x are of data centers; older ones, and workstation parts of any generation, are no faster than an A100
+    return {"9": "cuda-sm90", "10": "cuda-sm100"}.get(device.removeprefix("cuda-sm")[:-1], "cuda-sm80")
 
 
 _CPU_SPEEDS = Speeds(
@@ -120,10 +133,26 @@ _CPU_SPEEDS = Speeds(
     copy=5e-10,
     apply=1e-9,
 )
-_GPU_SPEEDS = Speeds(
-    local=Link.of(gigabytes=400.0, latency=2e-5),
-    remote=Link.of(gigabytes=50.0, latency=4e-5),
-    blend=6e-12,
-    copy=2e-12,
-    apply=5e-12,
-)
+# GB/s of a GPU each way. Inside a node NVLink of generations 3, 4, 5 (NVIDIA: 600, 900, 1800 GB/s, of both ways), of
+# which collectives are taken to reach 8/9; between nodes an adapter a GPU of 200, 400, 400 Gbit/s (data sheets of DGX
+# A100, H100 and H200, B200). H200 is sm90 as well.
+_LINKS = {"cuda-sm80": (267.0, 25.0), "cuda-sm90": (400.0, 50.0), "cuda-sm100": (800.0, 50.0)}
+# Assumed: microseconds of a collective of NCCL, and the share of memory bandwidth that elementwise kernels reach
+_LOCAL_S, _REMOTE_S, _OF_BANDWIDTH = 2e-5, 4e-5, 0.8
+
+
+def _gpu_speeds(device: str) -> Speeds:
+    local, remote = _LINKS[device]
+    byte = 1 / (_OF_BANDWIDTH * _PEAKS[device][2])
+    return Speeds(
+        Link.of(gigabytes=local, latency=_LOCAL_S),
+        Link.of(gigabytes=remote, latency=_REMOTE_S),
+        # float32 of shards, bfloat16 of what travels: momentum read twice with the gradient, both results written, and
+        # the blended one read again and written as bfloat16; a copy; parameters twice read and written, and the update
+        blend=30 * byte,
+        copy=4 * byte,
+        apply=18 * byte,
+    )
+
+
+_GPU_SPEEDS = {device: _gpu_speeds(device) for device in _LINKS}
