@@ -133,8 +133,12 @@ class _Layout:
             found = []
             for start, stop in self._runs:
                 count = min(stop, a.first + a.count) - max(start, a.first)
-                if count > 0:
-                    found.append((self._unit(start, stop, a.part, a.parts), count))
+                if count <= 0:
+                    continue
+                unit = self._unit(start, stop, a.part, a.parts)
+                # the last slab of a short axis may be empty
+                if unit.replicas:
+                    found.append((unit, count))
             self._found[key] = found
         return found
 

@@ -24,6 +24,25 @@ class Lanes:
         self.into = [0.0] * ranks
 
 
+class _Earliest:
+    """The earliest of some ranks, but for one that asks: owners are among those that store."""
+
+    __slots__ = ("_first", "_place", "_second")
+
+    def __init__(self) -> None:
+        self._first = self._second = float("inf")
+        self._place = -1
+
+    def add(self, place: int, time: float) -> None:
+        if time < self._first:
+            self._first, self._place, self._second = time, place, self._first
+        elif time < self._second:
+            self._second = time
+
+    def beside(self, place: int) -> float:
+        return self._second if place == self._place else self._first
+
+
 class Exchange:
     """One leg of one bucket, and how far each rank, meant by its place, is with it.
 
@@ -61,11 +80,11 @@ class Exchange:
                 self._sends[place].append(index)
             for place in group.targets:
                 self._takes[place].append(index)
-        # by group: how many have yet to begin, or to have sent everything
-        self._to_begin = [[len(group.sources) for group in leg.groups], [len(group.targets) for group in leg.groups]]
+        # by group: how many have yet to begin to take, or to have sent everything
+        self._to_begin = [len(group.targets) for group in leg.groups]
         self._to_leave = [len(group.sources) for group in leg.groups]
-        infinity = float("inf")
-        self._first = [[infinity] * len(leg.groups), [infinity] * len(leg.groups)]
+        self._sources = [_Earliest() for _ in leg.groups]
+        self._targets = [_Earliest() for _ in leg.groups]
         self._last = [0.0] * len(leg.groups)
         self._left = [0.0] * len(leg.groups)
         # what a rank has yet to know before its bytes leave, and before it is done
@@ -84,14 +103,14 @@ class Exchange:
         self.begun[place] = start
         done: list[int] = []
         for index in self._takes[place]:
-            self._first[1][index] = min(self._first[1][index], start)
+            self._targets[index].add(place, start)
             self._last[index] = max(self._last[index], start)
-            self._to_begin[1][index] -= 1
-            if not self._to_begin[1][index]:
+            self._to_begin[index] -= 1
+            if not self._to_begin[index]:
                 for source in self._groups[index].sources:
                     self._may_leave(source, done)
         for index in self._sends[place]:
-            self._first[0][index] = min(self._first[0][index], start)
+            self._sources[index].add(place, start)
         self._may_leave(place, done)
         if self._missing:
             self._met = max(self._met, start)
@@ -107,7 +126,7 @@ class Exchange:
         if self._held_back[place]:
             return
         sends = self._sends[place]
-        start = max(self.begun[place], min((self._first[1][index] for index in sends), default=0.0))
+        start = max(self.begun[place], min((self._targets[index].beside(place) for index in sends), default=0.0))
         end = self.begun[place]
         for lane, sent, seconds in zip(self._lanes, self.sent, self._seconds, strict=True):
             if sent[place]:
@@ -128,7 +147,7 @@ class Exchange:
         if self.open[place]:
             return
         takes = self._takes[place]
-        start = max(self.begun[place], min((self._first[0][index] for index in takes), default=0.0))
+        start = max(self.begun[place], min((self._sources[index].beside(place) for index in takes), default=0.0))
         end = max([self.done[place], self._met, *(self._left[index] for index in takes)])
         for lane, received, seconds in zip(self._lanes, self.received, self._seconds, strict=True):
             if received[place]:
