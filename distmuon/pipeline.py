@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class _Flight:
     kept: Tensor
     gather: Transfer
     matrices: Tensor | None = None
-    scatter: Transfer | None = None
+    scatter: tuple[Leg, Transfer] | None = None
 
 
 @dataclass
@@ -107,7 +108,9 @@ class Pipeline:
             kept = sum(part.box.numel for part in routes.kept)
             arriving.append(routes.gather.send_numel + routes.gather.receive_numel + kept)
             computed.append(routes.matrices * routes.rows * routes.cols)
-            leaving.append(routes.scatter.send_numel + routes.scatter.receive_numel)
+            legs = [leg.send_numel + leg.receive_numel for leg in routes.scatters]
+            # while one leg is on its way the one before is applied
+            leaving.append(max(map(sum, itertools.pairwise(legs)), default=legs[0]))
         most = 0
         for number, own in enumerate(computed):
             begun, settled = self.schedule.begun[number], self.schedule.settled[number]
@@ -262,29 +265,33 @@ class Pipeline:
         """Send updates home, and meanwhile apply those that are at home already."""
         bucket, routes = flight.bucket, flight.routes
         assert flight.matrices is not None
-        leg = routes.scatter
-        if bucket.scatters:
+        for leg in routes.scatters if bucket.scatters else ():
             send = self.pool.take(leg.send_numel, self._dtype, self.device)
             receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
             with self.clock.phase("pack", self.device):
                 for part in leg.sends:
                     _packed(send, part).copy_(self._view(flight, part))
-            flight.scatter = self._start(leg, send, receive)
+            transfer = self._start(leg, send, receive)
+            self._apply_received(flight, groups, local)
+            flight.scatter = leg, transfer
         with self.clock.phase("apply", self.device):
             self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
         self.pool.give(flight.matrices.view(-1))
         flight.matrices = None
 
     def _apply_received(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+        """Wait for the leg that is on its way, if there is one, and apply what it brings."""
         if flight.scatter is None:
             return
-        self._wait(flight.scatter, flight.bucket)
-        receives = [part for part in flight.routes.scatter.receives if part.box.numel]
+        leg, transfer = flight.scatter
+        flight.scatter = None
+        self._wait(transfer, flight.bucket)
+        receives = [part for part in leg.receives if part.box.numel]
         with self.clock.phase("apply", self.device):
-            directions = [_packed(flight.scatter.receive, part) for part in receives]
+            directions = [_packed(transfer.receive, part) for part in receives]
             self._apply(flight, receives, directions, groups, local)
-        self.pool.give(flight.scatter.send)
-        self.pool.give(flight.scatter.receive)
+        self.pool.give(transfer.send)
+        self.pool.give(transfer.receive)
 
     def _apply(
         self,

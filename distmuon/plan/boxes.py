@@ -40,6 +40,14 @@ class Box:
         """Whether every element of ``other`` is in this box."""
         return other.numel == 0 or self.intersect(other) == other
 
+    def cut(self, part: int, parts: int) -> Box:
+        """One of ``parts`` along its longest axis, all of one length but for 1; empty only if that is too short."""
+        axis = max(range(len(self.sizes)), key=self.sizes.__getitem__)
+        start, end = (self.sizes[axis] * number // parts for number in (part, part + 1))
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[axis], sizes[axis] = offsets[axis] + start, end - start
+        return Box(tuple(offsets), tuple(sizes))
+
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Index of this box in a tensor that holds ``outer``, which covers it."""
         starts = [mine - base for mine, base in zip(self.offsets, outer.offsets, strict=True)]

@@ -41,13 +41,15 @@ def memory(plan: Plan, *, schedule: Schedule | None = None, all_gather: bool = T
         for holding in spec.holdings:
             momentum[holding.rank] += holding.box.numel
     buckets = list(loads(plan, all_gather=all_gather))
-    return {rank: Memory(momentum[rank], _peak(buckets, place, order)) for place, rank in enumerate(plan.ranks)}
+    legs = [bucket.legs for bucket in plan.buckets]
+    return {rank: Memory(momentum[rank], _peak(buckets, legs, place, order)) for place, rank in enumerate(plan.ranks)}
 
 
-def _peak(buckets: Sequence[BucketLoad], place: int, order: Schedule) -> int:
+def _peak(buckets: Sequence[BucketLoad], legs: Sequence[int], place: int, order: Schedule) -> int:
     """Most elements at once: as a bucket is unpacked, while it is computed, and when its update leaves."""
     arriving = [_moved(load.gather, place) + load.kept[place] for load in buckets]
-    leaving = [_moved(load.scatter, place) for load in buckets]
+    # of several legs two are on their way at a time
+    leaving = [_moved(load.scatter, place) * min(2, n) // n for load, n in zip(buckets, legs, strict=True)]
     came = [0, *itertools.accumulate(arriving)]
     left = [0, *itertools.accumulate(leaving)]
     most = before = 0

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.assign import Assignment, assign, balance, lots
-from distmuon.plan.layouts import Shares, check_cover
+from distmuon.plan.layouts import Shares
 from distmuon.plan.nodes import Nodes, one_node, teams_of
-from distmuon.plan.parameters import ParameterSpec
+from distmuon.plan.parameters import ParameterSpec, check_cover
 
-# Updates that come back to a rank from one bucket may take this many times what it may own of it
+# Updates that come back to a rank in one exchange may take this many times what it may own of a bucket
 _RETURNING = 8
 
 
@@ -29,6 +29,8 @@ class Bucket:
         gathers: Whether any matrix has to be moved to its owner.
         scatters: Whether any update has to be moved from its owner.
         replicated: Whether every rank of the plan stores all of it.
+        returns: Elements of updates that come back to a rank, at most.
+        legs: In how many exchanges these come back.
     """
 
     rows: int
@@ -38,6 +40,8 @@ class Bucket:
     gathers: bool
     scatters: bool
     replicated: bool
+    returns: int = 0
+    legs: int = 1
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -128,7 +132,7 @@ def build_plan(
         # models repeat a few layouts hundreds of times
         if (spec.shape, id(spec.layout)) not in looked_at:
             looked_at.add((spec.shape, id(spec.layout)))
-            check_cover(spec.name, spec.shape, spec.holdings)
+            check_cover(spec)
     ordered = tuple(sorted(ranks))
     nodes = nodes or one_node(ordered)
     classes: dict[tuple[int, int, str, int, int], list[Assignment]] = {}
@@ -145,18 +149,14 @@ def build_plan(
     for key in sorted(classes, key=lambda key: (-key[3], -costs[key], key)):
         rows, cols, _, parts, _ = key
         for lot in _cut(classes[key], parameters, bucket_numel):
-            buckets.append(_bucket(rows, cols, parts, lot, parameters, ordered))
+            buckets.append(_bucket(rows, cols, parts, lot, parameters, ordered, bucket_numel))
     return Plan(ordered, tuple(parameters), tuple(buckets), nodes)
 
 
 def _cut(
     members: Sequence[Assignment], parameters: Sequence[ParameterSpec], bucket_numel: int
 ) -> list[list[Assignment]]:
-    """Cut matrices of one shape into buckets, of which each owner has its next lot.
-
-    Where every rank stores everything, all updates of a bucket come to every rank, so these are cut again. The slabs
-    of a matrix stay together.
-    """
+    """Cut matrices of one shape into buckets, of which each owner has its next lot."""
     by_owner: dict[int, list[int]] = {}
     for place, assignment in enumerate(members):
         by_owner.setdefault(assignment.owner, []).append(place)
@@ -168,22 +168,10 @@ def _cut(
         ]
         for place, lot in zip(owned, lots(numels, bucket_numel), strict=True):
             lot_of[place] = lot
-    buckets: list[list[list[Assignment]]] = [[] for _ in range(1 + max(lot_of))]
+    buckets: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of))]
     for place, assignment in enumerate(members):
-        # slabs follow one another
-        if assignment.part:
-            buckets[lot_of[place]][-1].append(assignment)
-        else:
-            buckets[lot_of[place]].append([assignment])
-    cut = []
-    for matrices in buckets:
-        stored = [sum(a.count * _shares(parameters, a).most for a in slabs) for slabs in matrices]
-        numbers = lots(stored, _RETURNING * bucket_numel)
-        parts: list[list[Assignment]] = [[] for _ in range(1 + numbers[-1])]
-        for number, slabs in zip(numbers, matrices, strict=True):
-            parts[number] += slabs
-        cut += parts
-    return cut
+        buckets[lot_of[place]].append(assignment)
+    return buckets
 
 
 def _shares(parameters: Sequence[ParameterSpec], assignment: Assignment) -> Shares:
@@ -198,12 +186,18 @@ def _bucket(
     members: Sequence[Assignment],
     parameters: Sequence[ParameterSpec],
     ranks: tuple[int, ...],
+    bucket_numel: int,
 ) -> Bucket:
     gathers = scatters = False
     replicated = True
+    returns = 0
     for assignment in members:
         shares = _shares(parameters, assignment)
         gathers |= shares.by_rank.get(assignment.owner, 0) != shares.numel
         scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
         replicated &= len(shares.wholes) == len(ranks)
-    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated and len(ranks) > 1)
+        returns += assignment.count * shares.most
+    replicated &= len(ranks) > 1
+    # no more than there are rows, or columns, to send
+    legs = min(-(-returns // (_RETURNING * bucket_numel)), max(rows, cols)) if scatters else 1
+    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, legs)

@@ -71,7 +71,7 @@ class Routes:
             buffer of their own.
         gather: Shards to owners.
         updated: Parts that this rank both owns and stores.
-        scatter: Updates from owners to everybody who stores them.
+        scatters: Updates from owners to everybody who stores them; several where more comes back than is to be held.
     """
 
     place: Mapping[int, int]
@@ -82,7 +82,7 @@ class Routes:
     kept: tuple[Part, ...]
     gather: Leg
     updated: tuple[Part, ...]
-    scatter: Leg
+    scatters: tuple[Leg, ...]
 
 
 def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | None, all_gather: bool) -> Routes:
@@ -112,12 +112,14 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
     matrices, shape = 0, (bucket.rows, bucket.cols)
     for slot, assignment in slots:
         spec, owner = plan.parameters[assignment.parameter], assignment.owner
-        mine = _stored(spec, assignment, rank)
+        whole = assignment.box(spec)
+        holding = spec.layout.of_rank.get(rank)
+        mine = None if holding is None else holding.box.intersect(whole)
         if owner == rank:
             first[slot] = matrices
             matrices += assignment.count
             shape = assignment.shape(spec)
-            for box, holders in _pieces(spec, assignment):
+            for box, holders in _pieces(spec, whole):
                 part = Part(slot, box, None)
                 source = _source(holders, owner, spec)
                 if source == rank:
@@ -141,32 +143,30 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
     starts = {(part.slot, part.box): part.start for part in gather.sends}
     placed = tuple(Part(part.slot, part.box, starts.get((part.slot, part.box))) for part in held)
     if bucket.replicated and all_gather:
-        scatter = _all_gather_leg(plan, bucket, slots, rank)
+        scatters = tuple(_all_gather_leg(plan, bucket, slots, rank, number) for number in range(bucket.legs))
     else:
-        scatter = _leg(scatter_out, scatter_in)
-    return Routes(first, matrices, *shape, placed, _place([kept])[0], gather, tuple(updated), scatter)
+        legs = range(bucket.legs)
+        scatters = tuple(_leg(_slice(scatter_out, leg, bucket), _slice(scatter_in, leg, bucket)) for leg in legs)
+    return Routes(first, matrices, *shape, placed, _place([kept])[0], gather, tuple(updated), scatters)
 
 
-def _stored(spec: ParameterSpec, assignment: Assignment, rank: int) -> Box | None:
-    box = assignment.box(spec)
-    for holding in spec.holdings:
-        if holding.rank == rank:
-            return holding.box.intersect(box)
-    return None
+def _slice(by_rank: Sequence[Sequence[Part]], leg: int, bucket: Bucket) -> list[list[Part]]:
+    """What of all parts goes with one leg: a slice of each, so that all owners send in every leg."""
+    if bucket.legs == 1:
+        return [list(parts) for parts in by_rank]
+    cut = [[Part(part.slot, part.box.cut(leg, bucket.legs), None) for part in parts] for parts in by_rank]
+    return [[part for part in parts if part.box.numel] for parts in cut]
 
 
 def _holders(spec: ParameterSpec, box: Box) -> list[Holding]:
-    return [holding for holding in spec.holdings if holding.box.covers(box)]
+    return [holding for holding, shared in spec.layout.meeting(box) if shared == box]
 
 
-def _pieces(spec: ParameterSpec, assignment: Assignment) -> Iterable[tuple[Box, list[Holding]]]:
-    """The distinct boxes that an assignment is stored in, each with everyone who stores it."""
-    whole = assignment.box(spec)
+def _pieces(spec: ParameterSpec, whole: Box) -> Iterable[tuple[Box, list[Holding]]]:
+    """The distinct boxes that ``whole`` is stored in, each with everyone who stores it."""
     pieces: dict[Box, list[Holding]] = {}
-    for holding in spec.holdings:
-        box = holding.box.intersect(whole)
-        if box is not None:
-            pieces.setdefault(box, []).append(holding)
+    for holding, box in spec.layout.meeting(whole):
+        pieces.setdefault(box, []).append(holding)
     return sorted(pieces.items(), key=lambda item: item[0].offsets)
 
 
@@ -174,7 +174,8 @@ def _source(holders: Sequence[Holding], owner: int, spec: ParameterSpec) -> int:
     """Who of those that store a piece hands it to the owner: itself, else the nearest of its own replica."""
     if any(holding.rank == owner for holding in holders):
         return owner
-    replica = next((holding.replica for holding in spec.holdings if holding.rank == owner), None)
+    own = spec.layout.of_rank.get(owner)
+    replica = None if own is None else own.replica
     return min(holders, key=lambda h: (h.replica != replica, abs(h.rank - owner), h.rank)).rank
 
 
@@ -196,10 +197,10 @@ def _place(by_rank: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[i
     return tuple(placed), tuple(splits)
 
 
-def _all_gather_leg(plan: Plan, bucket: Bucket, slots: Sequence[tuple[int, Assignment]], rank: int) -> Leg:
+def _all_gather_leg(plan: Plan, bucket: Bucket, slots: Sequence[tuple[int, Assignment]], rank: int, leg: int) -> Leg:
     by_owner: dict[int, list[Part]] = {member: [] for member in plan.ranks}
     for slot, assignment in slots:
-        box = assignment.box(plan.parameters[assignment.parameter])
+        box = assignment.box(plan.parameters[assignment.parameter]).cut(leg, bucket.legs)
         by_owner[assignment.owner].append(Part(slot, box, None))
     share = max(sum(part.box.numel for part in parts) for parts in by_owner.values())
     sends, receives = [], []
