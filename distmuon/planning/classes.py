@@ -42,7 +42,7 @@ def classes(ranks: Sequence[RankFigures]) -> list[RankClass]:
     for figures in ranks:
         members.setdefault(figures.owned, []).append(figures)
     found = [RankClass(tuple(those)) for those in members.values()]
-    return sorted(found, key=lambda these: (-these.members[0].ns, these.members[0].rank))
+    return sorted(found, key=lambda these: (-round(these.members[0].ns, 9), these.members[0].rank))
 
 
 def shown_ranks(ranks: Sequence[RankFigures], most: int = 16) -> list[int]:
@@ -56,6 +56,6 @@ def shown_ranks(ranks: Sequence[RankFigures], most: int = 16) -> list[int]:
     kinds = classes(ranks)
     if len(kinds) <= most:
         return [these.members[0].rank for these in kinds]
-    ordered = sorted(ranks, key=lambda figures: (-figures.ns, figures.rank))
+    ordered = sorted(ranks, key=lambda figures: (-round(figures.ns, 9), figures.rank))
     last = len(ordered) - 1
     return [ordered[round(place * last / (most - 1))].rank for place in range(most)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -46,8 +47,11 @@ def run_command(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (InfeasibleError, OSError) as error:
+    except InfeasibleError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename} cannot be written ({error.strerror}): name another file.", file=sys.stderr)
         return 1
     return 0
 
@@ -87,6 +91,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--bucket-mib is {known.bucket_mib:g}, and it must be above 0: 64 is the default.")
     if known.tokens_per_gpu < 1:
         raise UsageError(f"--tokens-per-gpu is {known.tokens_per_gpu}, and it counts: give 1 or more.")
+    for option, name in (("json", known.json), ("plot", known.plot)):
+        # minutes of simulation are not to end in a file that cannot be
+        if name not in (None, "-") and not pathlib.Path(name).absolute().parent.is_dir():
+            raise UsageError(f"--{option} {name} cannot be written, as there is no such folder: name another file.")
     if known.compare and known.plot:
         raise UsageError("--plot draws one plan, and --compare makes many: drop one of them.")
     return known

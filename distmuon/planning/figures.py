@@ -43,6 +43,7 @@ class RankFigures:
         finish: When it is done, seconds.
         sent: Bytes that leave it, for its node and for other nodes.
         received: Bytes that reach it, from its node and from others.
+        links: Seconds that its busiest link is at it, if it never pauses.
         buffers: Most bytes of matrices in flight at once.
         states: What it holds through training.
     """
@@ -54,6 +55,7 @@ class RankFigures:
     finish: float
     sent: tuple[int, int]
     received: tuple[int, int]
+    links: float
     buffers: int
     states: States
 
@@ -126,7 +128,7 @@ class Prediction:
 
     @property
     def exposed(self) -> float:
-        """Seconds of the step beyond the makespan: exchange and passes over memory that nothing hides."""
+        """Seconds of the step beyond the makespan: exchange, passes over memory and waiting that nothing hides."""
         return max(0.0, self.seconds - self.makespan)
 
     @property
@@ -135,9 +137,20 @@ class Prediction:
         return self.seconds / (self.seconds + self.training)
 
     @property
+    def links(self) -> float:
+        """Seconds that the busiest link of all is at it, if it never pauses."""
+        return max(figures.links for figures in self.ranks)
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks have about as much to orthogonalize."""
+        return self.busiest.ns <= 1.01 * min(figures.ns for figures in self.ranks)
+
+    @property
     def busiest(self) -> RankFigures:
         """The rank with the most to orthogonalize; the lowest of equals."""
-        return max(self.ranks, key=lambda figures: (figures.ns, -figures.rank))
+        # to a nanosecond, as sums in another order differ in their last digits
+        return max(self.ranks, key=lambda figures: (round(figures.ns, 9), -figures.rank))
 
     def teams(self) -> dict[int, int]:
         """How many matrices are owned by teams of each size; 1: by single owners."""
@@ -168,6 +181,7 @@ class Prediction:
             "makespan_over_ideal": self.over_ideal,
             "makespan_over_bound": self.over_bound,
             "exposed_seconds": self.exposed,
+            "busiest_link_seconds": self.links,
             "training_seconds": self.training,
             "share_of_training_step": self.share,
             "busiest_rank": busiest.rank,

@@ -8,15 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from distmuon.planning.figures import Prediction, RankFigures
-from distmuon.planning.story import ms, work
+from distmuon.planning.story import EXPOSED, ms, work
 
 COLORS = {"gather": "#4c78a8", "scatter": "#54a24b", "ns": "#e45756", "pack": "#b8a038", "wait": "#d9d9d9"}
 _LEGEND = {
-    "gather": "gather: shards on their way to owners",
+    "gather": "gather (line above)",
     "ns": "Newton-Schulz",
-    "scatter": "scatter: updates on their way home",
-    "pack": "packing, applying",
-    "wait": "waiting",
+    "scatter": "scatter (line below)",
+    "pack": "pack, unpack, apply",
+    "wait": "wait",
 }
 # Where a row has what: bottom and height
 _ROWS = {"gather": (-0.42, 0.12), "scatter": (0.30, 0.12)}
@@ -45,7 +45,7 @@ def draw_gantt(axes: Axes, prediction: Prediction) -> None:
         axes.plot([done, done], [row - 0.42, row + 0.42], color="black", linewidth=1)
     axes.set_yticks(range(len(shown)), [_label(prediction, figures) for figures in shown])
     busiest = prediction.busiest
-    if busiest.rank in row_of:
+    if busiest.rank in row_of and not prediction.even:
         label = axes.get_yticklabels()[row_of[busiest.rank]]
         label.set_fontweight("bold")
         label.set_color(COLORS["ns"])
@@ -57,7 +57,7 @@ def draw_gantt(axes: Axes, prediction: Prediction) -> None:
     axes.set_xlabel("ms since the step began (black tick: the rank is done)")
     axes.set_title(_heading(prediction, len(shown)), loc="left", fontsize=11)
     handles = [Patch(color=COLORS[kind], label=text) for kind, text in _LEGEND.items()]
-    axes.legend(handles=handles, ncols=5, loc="upper right", fontsize=8, frameon=False, borderaxespad=0.1)
+    axes.legend(handles=handles, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -67,16 +67,14 @@ def _ordered(prediction: Prediction) -> list[RankFigures]:
     ranks = {span.rank for span in prediction.spans}
     shown = [figures for figures in prediction.ranks if figures.rank in ranks]
     if len(shown) < len(prediction.ranks):
-        shown.sort(key=lambda figures: (-figures.ns, figures.rank))
+        shown.sort(key=lambda figures: (-round(figures.ns, 9), figures.rank))
     return shown
 
 
 def _label(prediction: Prediction, figures: RankFigures) -> str:
-    ordered = sorted(prediction.ranks, key=lambda other: (-other.ns, other.rank))
-    places = {ordered[0].rank: "busiest", ordered[-1].rank: "idlest", ordered[len(ordered) // 2].rank: "median"}
-    place = places.get(figures.rank) if ordered[0].ns > 1.001 * ordered[-1].ns else None
-    if figures.rank == prediction.busiest.rank:
-        place = "busiest"
+    ordered = sorted(prediction.ranks, key=lambda other: (-round(other.ns, 9), other.rank))
+    places = {ordered[-1].rank: "idlest", ordered[len(ordered) // 2].rank: "median", ordered[0].rank: "busiest"}
+    place = None if prediction.even else places.get(figures.rank)
     alike = Counter(other.owned for other in prediction.ranks)[figures.owned] - 1
     hidden = len({span.rank for span in prediction.spans}) < len(prediction.ranks)
     more = f" + {alike:,} like it" if hidden and alike else ""
@@ -95,9 +93,10 @@ def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> Non
     spans = [span for span in prediction.spans if span.rank == busiest.rank and span.kind == "ns"]
     if not spans:
         return
-    longest = max(spans, key=lambda span: span.end - span.start)
+    most = max(span.end - span.start for span in spans)
+    longest = next(span for span in spans if span.end - span.start > 0.99 * most)
     axes.annotate(
-        f"{work(busiest)}: {ms(busiest.ns)} ms",
+        f"rank {busiest.rank}: {work(busiest)}, {ms(busiest.ns)} ms",
         xy=(500 * (longest.start + longest.end), row_of[busiest.rank] - 0.26),
         xytext=(0.012, 0.985),
         textcoords="axes fraction",
@@ -107,3 +106,19 @@ def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> Non
         fontweight="bold",
         arrowprops={"arrowstyle": "->", "color": COLORS["ns"], "relpos": (0.5, 0)},
     )
+    waits = [s for s in prediction.spans if s.rank == busiest.rank and s.kind == "wait"]
+    if waits and prediction.exposed > EXPOSED * prediction.seconds:
+        wait = max(waits, key=lambda span: span.end - span.start)
+        bucket = prediction.plan.buckets[wait.bucket]
+        text = f"waits {ms(wait.end - wait.start)} ms for bucket {wait.bucket + 1} ({bucket.rows} x {bucket.cols})"
+        axes.annotate(
+            text,
+            xy=(500 * (wait.start + wait.end), row_of[busiest.rank]),
+            xytext=(0.99, 0.985),
+            textcoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=9,
+            color="#555555",
+            arrowprops={"arrowstyle": "->", "color": "#555555", "relpos": (0, 0.2)},
+        )

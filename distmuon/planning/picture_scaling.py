@@ -12,7 +12,7 @@ from distmuon.planning.figures import Prediction
 _LINES = (
     ("round_robin", "round robin (dion)", "#bab0ac", "s"),
     ("single", "single owners, largest first", "#4c78a8", "o"),
-    ("planned", "this plan", "#e45756", "D"),
+    ("planned", "this plan, with teams", "#e45756", "D"),
 )
 
 
@@ -30,7 +30,8 @@ def draw_scaling(axes: Axes, prediction: Prediction, scaling: Sequence[Scaling])
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
     world = len(prediction.ranks)
     axes.axvline(world, color="black", linestyle=":", linewidth=1)
-    axes.text(world, 0.985, f" {world:,} ranks", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
+    side = "right" if world == ranks[-1] else "left"
+    axes.text(world, 0.09, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [f"{rank}" for rank in ranks], minor=False)

@@ -99,6 +99,7 @@ def _ranks(setup: Setup, plan: Plan, timeline: Timeline) -> tuple[RankFigures, .
                 finish=timeline.finish[rank],
                 sent=(traffic.local_out, traffic.remote_out),
                 received=(traffic.local_in, traffic.remote_in),
+                links=traffic.seconds(setup.device.speeds),
                 buffers=setup.itemsize * held[rank].buffers,
                 states=states[rank],
             )

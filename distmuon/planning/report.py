@@ -78,18 +78,19 @@ def teams_text(prediction: Prediction) -> str:
 
 
 def _class_table(prediction: Prediction) -> Table:
-    table = _table(
-        "Ranks, busiest first (worst of a class)", "ranks", "whole", "in teams", "NS ms", "waits ms", "done ms"
-    )
-    for title in ("out: node", "between", "in: node", "between", "buffers", "momentum"):
-        table.add_column(f"{title}\nMiB", justify="right")
+    table = _table("Ranks by what they own, busiest first; MiB in the node + between nodes", "ranks", "whole", "team")
+    for title in ("NS\nms", "waits\nms", "done\nms", "out\nMiB", "in\nMiB", "buffers\nMiB", "moment.\nMiB"):
+        table.add_column(title, justify="right")
     found = classes(prediction.ranks)
     for these in _some(found):
         if these is None:
-            table.add_row(f"... {len(found) - _MOST_CLASSES} more kinds")
+            table.add_row(f"... {len(found) - _MOST_CLASSES} more")
             continue
         first = these.members[0]
-        traffic = [max(getattr(m, way)[far] for m in these.members) for way in ("sent", "received") for far in (0, 1)]
+        traffic = [
+            tuple(max(getattr(member, way)[far] for member in these.members) for far in (0, 1))
+            for way in ("sent", "received")
+        ]
         table.add_row(
             these.label(),
             str(first.whole),
@@ -97,7 +98,7 @@ def _class_table(prediction: Prediction) -> Table:
             _ms(these.worst("ns")),
             _ms(these.worst("waiting")),
             _ms(these.worst("finish")),
-            *(_mib(nbytes) for nbytes in traffic),
+            *(f"{_mib(near)} + {_mib(far)}" for near, far in traffic),
             _mib(these.worst("buffers")),
             _mib(max(m.states.momentum for m in these.members)),
         )
@@ -118,14 +119,14 @@ def _step_table(prediction: Prediction, tokens_per_gpu: int) -> Table:
     table = Table("The step", "", box=box.SIMPLE_HEAD, title_justify="left")
     p = prediction
     table.columns[1].justify = "right"
-    largest = "no plan of these matrices is faster: the largest of them, or even shares"
     rows = (
         ("predicted step", f"{_ms(p.seconds)} ms"),
         ("makespan of orthogonalization", f"{_ms(p.makespan)} ms"),
         ("ideal: work of single owners / ranks", f"{_ms(p.ideal)} ms"),
         ("makespan over ideal", f"{p.over_ideal:.2f}"),
-        (f"makespan over lower bound ({largest})", f"{p.over_bound:.2f}"),
-        ("exposed: exchange and passes over memory", f"{_ms(p.exposed)} ms"),
+        ("makespan over the lower bound of any plan", f"{p.over_bound:.2f}"),
+        ("exposed: exchange, passes over memory, waiting", f"{_ms(p.exposed)} ms"),
+        ("the busiest link alone", f"{_ms(p.links)} ms"),
         ("matrices owned by teams", teams_text(p)),
         ("weights, gradients and states of a rank, float32", f"{max(r.states.total for r in p.ranks) / 2**30:.1f} GiB"),
         (f"forward and backward of {tokens_per_gpu:,} tokens a rank, at {MFU:.0%} of peak", f"{_ms(p.training)} ms"),
@@ -145,7 +146,8 @@ def _rival_table(prediction: Prediction) -> Table:
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(first, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(first, no_wrap=True)
     for other in others:
         table.add_column(other, justify="right")
     return table

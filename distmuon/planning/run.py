@@ -136,6 +136,7 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
             "finish_seconds": r.finish,
             "sent_bytes": {"node": r.sent[0], "between": r.sent[1]},
             "received_bytes": {"node": r.received[0], "between": r.received[1]},
+            "busiest_link_seconds": r.links,
             "buffer_bytes": r.buffers,
             "momentum_bytes": r.states.momentum,
             "state_bytes": r.states.total,

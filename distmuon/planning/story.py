@@ -9,7 +9,7 @@ from distmuon.planning.figures import Prediction, RankFigures
 # A busiest rank with so much more than an even share has a reason that is worth telling
 _UNEVEN = 1.05
 # And a step of which so much is not orthogonalization
-_EXPOSED = 0.25
+EXPOSED = 0.25
 
 
 def title(prediction: Prediction, width: int = 125) -> str:
@@ -25,6 +25,9 @@ def title(prediction: Prediction, width: int = 125) -> str:
 def bottleneck(prediction: Prediction) -> str:
     """Which rank has most to do."""
     busiest = prediction.busiest
+    if prediction.even:
+        share = f"{busiest.ns / prediction.ideal:.2f} times an even share"
+        return f"All ranks are busy for {ms(busiest.ns)} ms, {share}: rank {busiest.rank} with {work(busiest)}."
     alike = sum(1 for figures in prediction.ranks if figures.owned == busiest.owned) - 1
     ranks = f"Rank {busiest.rank}" if not alike else f"Rank {busiest.rank} (like {alike:,} more)"
     return (
@@ -48,8 +51,9 @@ def why(prediction: Prediction) -> str:
             reasons.append("Its largest matrix is no faster on a larger team")
         else:
             reasons.append("Ranks of a team talk and repeat small products: their work adds up to more")
-    if p.exposed > _EXPOSED * p.seconds:
-        reasons.append(f"{ms(p.exposed)} ms more are exchange and passes over memory that nothing hides")
+    if p.exposed > EXPOSED * p.seconds:
+        links = f"the busiest link needs {ms(p.links)}"
+        reasons.append(f"{ms(p.exposed)} ms more are exchange, passes over memory and waiting ({links})")
     return " ".join(f"{reason}." for reason in reasons)
 
 
