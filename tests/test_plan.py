@@ -8,57 +8,15 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_models import holdings, models, spec
 
 from distmuon.plan.assign import assign
 from distmuon.plan.boxes import Box
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.nodes import one_node
-from distmuon.plan.parameters import Holding, ParameterSpec
+from distmuon.plan.parameters import Holding
 from distmuon.plan.plan import build_plan
 from distmuon.plan.routes import route
-
-
-def chunks(size, parts):
-    """Offsets and lengths as torch.chunk and FSDP2 cut a dimension; trailing parts may be empty."""
-    step = -(-size // parts)
-    starts = [min(size, step * part) for part in range(parts)]
-    return [(start, min(size, start + step) - start) for start in starts]
-
-
-def holdings(shape, ranks, *, axis, replicas):
-    """Who stores what when ``ranks`` shard a dimension inside each of ``replicas`` copies."""
-    per_replica = len(ranks) // replicas
-    found = []
-    for number, rank in enumerate(ranks):
-        replica, place = divmod(number, per_replica)
-        offset, length = chunks(shape[axis], per_replica)[place]
-        offsets, sizes = [0] * len(shape), list(shape)
-        offsets[axis], sizes[axis] = offset, length
-        found.append(Holding(rank, Box(tuple(offsets), tuple(sizes)), (replica,)))
-    return tuple(found)
-
-
-def spec(name, shape, held, **keywords):
-    matrices = matrix_spec(name, shape, flatten=False)
-    short, long = sorted((matrices.rows, matrices.cols))
-    cost = short * short * (2 * long + short)
-    return ParameterSpec(matrices, tuple(shape), held, **{"cost": cost, **keywords})
-
-
-@st.composite
-def models(draw):
-    """Parameters of several layouts on up to 6 ranks."""
-    replicas = draw(st.integers(1, 3))
-    ranks = tuple(range(replicas * draw(st.integers(1, 3 if replicas < 3 else 2))))
-    small = st.integers(1, 9)
-    specs = []
-    for number in range(draw(st.integers(1, 6))):
-        shape = draw(st.lists(small, min_size=2, max_size=3))
-        copies = draw(st.sampled_from(sorted({1, replicas, len(ranks)})))
-        axis = draw(st.integers(0, len(shape) - 1))
-        held = holdings(shape, ranks, axis=axis, replicas=copies)
-        specs.append(spec(f"w{number}", shape, held, group=draw(st.integers(0, 1)), kind=draw(st.sampled_from("ab"))))
-    return ranks, specs, draw(st.integers(1, 200))
 
 
 def matrices_of(assignment):
@@ -67,9 +25,9 @@ def matrices_of(assignment):
 
 @given(models())
 def test_every_matrix_is_owned_once_in_a_bucket_of_its_shape(drawn):
-    ranks, specs, bucket_numel = drawn
-    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel)
-    found = [matrix for bucket in plan.buckets for a in bucket.assignments for matrix in matrices_of(a)]
+    ranks, specs, bucket_numel, nodes = drawn
+    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel, nodes=nodes)
+    found = [matrix for b in plan.buckets for a in b.assignments if a.part == 0 for matrix in matrices_of(a)]
     everything = [(number, first) for number, s in enumerate(specs) for first in range(s.matrices.count)]
     assert sorted(found) == everything
     for bucket in plan.buckets:
@@ -78,84 +36,33 @@ def test_every_matrix_is_owned_once_in_a_bucket_of_its_shape(drawn):
         assert len({m.kind for m in members}) == 1
         for owner, numel in bucket.owned_numel().items():
             assert owner in ranks
-            assert numel <= max(bucket_numel, bucket.rows * bucket.cols)
+            assert numel <= max(bucket_numel, -(-bucket.rows * bucket.cols // bucket.parts))
 
 
-@given(models(), st.booleans())
-def test_every_element_travels_to_its_owner_and_home_to_everyone_who_stores_it(drawn, all_gather):
-    ranks, specs, bucket_numel = drawn
-    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel)
-    for bucket in plan.buckets:
-        routes = {rank: route(plan, bucket, rank, active=None, all_gather=all_gather) for rank in ranks}
-        arrived = {slot: [] for slot in range(len(bucket.assignments))}
-        for rank in ranks:
-            mine = routes[rank]
-            for slot in mine.place:
-                assert bucket.assignments[slot].owner == rank
-            for part in [*mine.kept, *mine.gather.receives]:
-                arrived[part.slot] += elements(part.box)
-            home = sorted(e for part in [*mine.updated, *mine.scatter.receives] for e in tagged(part, bucket))
-            stored = sorted(e for part in mine.held for e in tagged(part, bucket))
-            assert home == stored
-        for slot, assignment in enumerate(bucket.assignments):
-            box = specs[assignment.parameter].box_of(assignment.first, assignment.count)
-            assert sorted(arrived[slot]) == sorted(elements(box))
-        for leg in ("gather", "scatter"):
-            check_leg({rank: getattr(routes[rank], leg) for rank in ranks}, ranks)
-        assert bucket.gathers == any(r.gather.send_numel for r in routes.values())
-        if not all_gather:
-            assert bucket.scatters == any(r.scatter.send_numel for r in routes.values())
+@given(models())
+def test_teams_run_before_single_owners_and_what_takes_long_before_what_does_not(drawn):
+    ranks, specs, bucket_numel, nodes = drawn
+    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel, nodes=nodes)
+    order = [(-b.parts, -max(s.cost_of(b.parts) for s in shapes(specs, plan, b))) for b in plan.buckets]
+    assert order == sorted(order)
 
 
-def elements(box):
-    return list(itertools.product(*(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))))
-
-
-def tagged(part, bucket):
-    return [(bucket.assignments[part.slot].parameter, *element) for element in elements(part.box)]
-
-
-def check_leg(legs, ranks):
-    """Sender and receiver mean the same elements by the same place in the message."""
-    for i, sender in enumerate(ranks):
-        for j, receiver in enumerate(ranks):
-            out, into = legs[sender], legs[receiver]
-            if out.gathered is not None:
-                if sender != receiver:
-                    a = [(p.slot, p.box, p.start) for p in out.sends]
-                    base = i * into.gathered
-                    b = [
-                        (p.slot, p.box, p.start - base) for p in into.receives if base <= p.start < base + out.gathered
-                    ]
-                    assert a == b
-                continue
-            assert out.send_splits[j] == into.receive_splits[i]
-            assert message(out.sends, out.send_splits, j) == message(into.receives, into.receive_splits, i)
-
-
-def message(parts, splits, index):
-    begin = sum(splits[:index])
-    inside = [p for p in parts if begin <= p.start < begin + splits[index]]
-    return [(p.slot, p.box, p.start - begin) for p in inside]
-
-
-@given(models(), st.data())
-def test_what_takes_no_part_is_not_routed(drawn, data):
-    ranks, specs, bucket_numel = drawn
-    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel)
-    active = data.draw(st.lists(st.booleans(), min_size=len(specs), max_size=len(specs)))
-    for bucket in plan.buckets:
-        for rank in ranks:
-            mine = route(plan, bucket, rank, active=active, all_gather=False)
-            parts = [*mine.held, *mine.kept, *mine.updated, *mine.gather.sends, *mine.scatter.receives]
-            slots = {part.slot for part in parts} | set(mine.place)
-            assert all(active[bucket.assignments[slot].parameter] for slot in slots)
+def shapes(specs, plan, bucket):
+    """The parameters of every bucket of the same class, which share their place in the order."""
+    kind = specs[bucket.assignments[0].parameter].kind
+    key = (bucket.rows, bucket.cols, bucket.parts)
+    return [
+        specs[a.parameter]
+        for b in plan.buckets
+        if (b.rows, b.cols, b.parts) == key and specs[b.assignments[0].parameter].kind == kind
+        for a in b.assignments
+    ]
 
 
 def loads(specs, assignments, ranks):
     found = dict.fromkeys(ranks, 0)
     for a in assignments:
-        found[a.owner] += a.count * specs[a.parameter].cost
+        found[a.owner] += a.cost(specs[a.parameter])
     return found
 
 
@@ -244,12 +151,19 @@ def test_shards_that_do_not_make_up_the_parameter_are_an_error(boxes):
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_plan import holdings, spec
+from plan_models import holdings, in_nodes, spec
+from distmuon.plan.parameters import TeamCost
 from distmuon.plan.plan import build_plan
 ranks = tuple(range(6))
-shapes = [(8, 8), (6, 24), (24, 6), (4, 6, 6), (5, 7)] * 3
-specs = [spec("w%d" % i, s, holdings(s, ranks, axis=0, replicas=1 + i % 2)) for i, s in enumerate(shapes)]
-print(build_plan(specs, ranks=ranks, bucket_numel=300).digest())
+shapes = [(8, 8), (6, 24), (24, 6), (4, 6, 6), (5, 7)] * 3 + [(8, 8)]
+teams = (TeamCost(2, 600), TeamCost(3, 450))
+specs = [
+    spec("w%d" % i, s, holdings(s, ranks, axis=0, replicas=1 + i % 2), cost=1000 + i // 2, teams=teams)
+    for i, s in enumerate(shapes)
+]
+plan = build_plan(specs, ranks=ranks, bucket_numel=300, nodes=in_nodes(ranks, 3))
+assert any(bucket.parts > 1 for bucket in plan.buckets)
+print(plan.digest())
 """
 
 
@@ -266,14 +180,14 @@ def test_the_plan_depends_on_no_hash_seed():
 
 @given(models())
 def test_the_order_of_parameters_changes_no_owner(drawn):
-    ranks, specs, bucket_numel = drawn
-    nodes = one_node(ranks)
-    owners = {(specs[a.parameter].name, a.first): a.owner for a in assign(specs, most_numel=bucket_numel, nodes=nodes)}
+    _, specs, bucket_numel, nodes = drawn
+    owners = named(specs, assign(specs, most_numel=bucket_numel, nodes=nodes))
     backwards = specs[::-1]
-    again = {
-        (backwards[a.parameter].name, a.first): a.owner for a in assign(backwards, most_numel=bucket_numel, nodes=nodes)
-    }
-    assert owners == again
+    assert owners == named(backwards, assign(backwards, most_numel=bucket_numel, nodes=nodes))
+
+
+def named(specs, assignments):
+    return {(specs[a.parameter].name, a.first, a.part): (a.owner, a.count, a.parts) for a in assignments}
 
 
 @given(shape=st.lists(st.integers(1, 9), min_size=2, max_size=5), flatten=st.booleans())

@@ -22,8 +22,8 @@ class LowerBound:
     longest: int
 
     @property
-    def seconds_of_plan(self) -> float:
-        """The larger of the two, in the same unit."""
+    def least(self) -> float:
+        """The larger of the two."""
         return max(self.ideal, self.longest)
 
 

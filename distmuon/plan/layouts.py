@@ -151,7 +151,7 @@ def layout_of(holdings: tuple[Holding, ...]) -> Layout:
     return _identical(_Same(holdings))
 
 
-def check_cover(name: str, shape: Sequence[int], holdings: Sequence[Holding]) -> None:
+def check_holdings(name: str, shape: Sequence[int], holdings: Sequence[Holding]) -> None:
     """Refuse holdings that are not one copy of the parameter for each replica.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box, chunk
 from distmuon.plan.layouts import Holding as Holding
-from distmuon.plan.layouts import Layout, Shares, layout_of
+from distmuon.plan.layouts import Layout, Shares, check_holdings, layout_of
 from distmuon.plan.matrices import MatrixSpec
 
 
@@ -100,3 +100,12 @@ class ParameterSpec:
         """Who stores how much of one matrix, or of a slab of it; matrices of a stack that are stored alike share it."""
         start = self.layout.run_of(first) if self.stacked else 0
         return self.layout.shares(self.box_of(start, 1, part, parts))
+
+
+def check_cover(spec: ParameterSpec) -> None:
+    """Refuse holdings that are not one copy of the parameter for each replica.
+
+    Raises:
+        ValueError: naming the parameter, if boxes overlap, leave its shape, or miss elements.
+    """
+    check_holdings(spec.name, spec.shape, spec.holdings)
