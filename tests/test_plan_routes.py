@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_models import holdings, models, spec
+from plan_models import elements, holdings, models, spec
 
 from distmuon.plan.plan import build_plan
 from distmuon.plan.routes import route
