@@ -34,18 +34,25 @@ def schedule(plan: Plan) -> Schedule:
     """
     held = [bucket.owned_numel() for bucket in plan.buckets]
     # what all ranks send together is what they own; each sends about its share
-    shares = [sum(numels.values()) / len(plan.ranks) for numels in held]
-    begun = _reach(held, shares)
-    # updates leave in the order in which gathers arrive, so the same windows serve from behind
-    backwards = _reach(held[::-1], shares[::-1])[::-1]
+    sent = [
+        sum(numels.values()) / len(plan.ranks) if b.gathers else 0.0
+        for numels, b in zip(held, plan.buckets, strict=True)
+    ]
+    begun = _reach(held, sent, 2)
+    # updates leave in the order in which gathers arrive, so the same windows serve from behind; of several legs two are
+    # on their way at a time
+    returned = [
+        bucket.returns * min(2, bucket.legs) / bucket.legs if bucket.scatters else 0.0 for bucket in plan.buckets
+    ]
+    backwards = _reach(held[::-1], returned[::-1], 1)[::-1]
     settled = tuple(len(held) - reach for reach in backwards)
     return Schedule(begun, settled)
 
 
-def _reach(held: Sequence[Counter[int]], shares: Sequence[float]) -> tuple[int, ...]:
-    """For each bucket the end of the longest run from it on that no rank is too small for."""
+def _reach(held: Sequence[Counter[int]], shares: Sequence[float], least: int) -> tuple[int, ...]:
+    """For each bucket the end of the longest run from it on that takes no more than the fullest of ``least`` buckets."""
     count = len(held)
-    most = max((_fullest(held, shares, first, first + 2) for first in range(count)), default=0.0)
+    most = max((_fullest(held, shares, first, first + least) for first in range(count)), default=0.0)
     ends = []
     end = 0
     window: Counter[int] = Counter()
@@ -56,7 +63,7 @@ def _reach(held: Sequence[Counter[int]], shares: Sequence[float]) -> tuple[int, 
             fits = all(window[rank] + numel + candidate <= most for rank, numel in held[end].items())
             # others of the window hold no more of it, but send their share
             fits = fits and max(window.values(), default=0) + candidate <= most
-            if end > first + 1 and not fits:
+            if end >= first + least and not fits:
                 break
             window.update(held[end])
             share = candidate
