@@ -50,7 +50,7 @@ def schedule(plan: Plan) -> Schedule:
 
 
 def _reach(held: Sequence[Counter[int]], shares: Sequence[float], least: int) -> tuple[int, ...]:
-    """For each bucket the end of the longest run from it on that takes no more than the fullest of ``least`` buckets."""
+    """For each bucket the end of the longest run from it on that takes no more than ``least`` buckets take anywhere."""
     count = len(held)
     most = max((_fullest(held, shares, first, first + least) for first in range(count)), default=0.0)
     ends = []
