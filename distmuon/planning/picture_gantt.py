@@ -111,12 +111,14 @@ def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> Non
         wait = max(waits, key=lambda span: span.end - span.start)
         bucket = prediction.plan.buckets[wait.bucket]
         text = f"waits {ms(wait.end - wait.start)} ms for bucket {wait.bucket + 1} ({bucket.rows} x {bucket.cols})"
+        middle = 500 * (wait.start + wait.end)
         axes.annotate(
             text,
-            xy=(500 * (wait.start + wait.end), row_of[busiest.rank]),
-            xytext=(0.99, 0.985),
+            xy=(middle, row_of[busiest.rank]),
+            # the left end is taken
+            xytext=(min(0.85, max(0.5, middle / axes.get_xlim()[1])), 0.985),
             textcoords="axes fraction",
-            ha="right",
+            ha="center",
             va="top",
             fontsize=9,
             color="#555555",

@@ -49,8 +49,8 @@ def makespan(setup: Setup) -> Makespan:
     layout = setup.layout
     plan = build_plan(specs, ranks=layout.ranks, bucket_numel=setup.bucket_numel, nodes=layout.node_ranks)
     # what teams say to each other is in the costs of the plan; nothing has to wait for its gather
-    buckets = len(plan.buckets)
-    at_once = Schedule(begun=(buckets,) * buckets, settled=(0,) * buckets)
+    waves = len(plan.waves)
+    at_once = Schedule(begun=(waves,) * waves, settled=(0,) * waves)
     alone = simulate(plan, _COMPUTE_ALONE, itemsize=setup.itemsize, schedule=at_once)
     bound = lower_bound(specs, layout.ranks)
     rivals = rivals_of(specs, layout.ranks)

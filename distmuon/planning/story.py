@@ -53,7 +53,9 @@ def why(prediction: Prediction) -> str:
             reasons.append("Ranks of a team talk and repeat small products: their work adds up to more")
     if p.exposed > EXPOSED * p.seconds:
         links = f"the busiest link needs {ms(p.links)}"
-        reasons.append(f"{ms(p.exposed)} ms more are exchange, passes over memory and waiting ({links})")
+        reasons.append(
+            f"{ms(p.exposed)} ms more are exchange, passes over memory and waiting for other ranks ({links})"
+        )
     return " ".join(f"{reason}." for reason in reasons)
 
 
