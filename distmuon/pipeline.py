@@ -1,4 +1,4 @@
-"""What overlaps what: while one bucket is orthogonalized, the next ones arrive and the last ones go home."""
+"""What overlaps what: while one wave of buckets is orthogonalized, the next ones arrive and the last ones go home."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
 from distmuon.plan.boxes import Box
-from distmuon.plan.plan import Bucket, Plan
+from distmuon.plan.buckets import Bucket
+from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
 from distmuon.plan.schedule import Schedule, schedule
+from distmuon.plan.waves import Wave
 from distmuon.stats import StepClock
 
 
@@ -49,9 +51,9 @@ class LocalParameter:
 
 @dataclass
 class _Flight:
-    """A bucket on its way through the step."""
+    """A wave on its way through the step; ``matrices`` are all that this rank owns of it, 1-D."""
 
-    bucket: Bucket
+    wave: Wave
     routes: Routes
     kept: Tensor
     gather: Transfer
@@ -61,9 +63,9 @@ class _Flight:
 
 @dataclass
 class Pipeline:
-    """Runs the buckets of one plan on one rank.
+    """Runs the waves of one plan on one rank.
 
-    How many buckets are under way at a time is said by the plan's schedule.
+    How many of them are under way at a time is said by the plan's schedule.
 
     Attributes:
         plan: What to do.
@@ -97,24 +99,24 @@ class Pipeline:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """When buckets set out, the same on every rank."""
+        """When waves set out, the same on every rank."""
         return schedule(self.plan)
 
     def buffer_bytes(self) -> int:
-        """Most bytes of buffers at once on this rank: of buckets that arrive, are computed, or leave."""
+        """Most bytes of buffers at once on this rank: of waves that arrive, are computed, or leave."""
         arriving, computed, leaving = [], [], []
-        for number, bucket in enumerate(self.plan.buckets):
-            routes = self._route(number, bucket, (True,) * len(self.plan.parameters))
+        for number, wave in enumerate(self.plan.waves):
+            routes = self._route(number, wave, (True,) * len(self.plan.parameters))
             kept = sum(part.box.numel for part in routes.kept)
             arriving.append(routes.gather.send_numel + routes.gather.receive_numel + kept)
-            computed.append(routes.matrices * routes.rows * routes.cols)
+            computed.append(routes.owned_numel)
             legs = [leg.send_numel + leg.receive_numel for leg in routes.scatters]
             # while one leg is on its way the one before is applied
             leaving.append(max(map(sum, itertools.pairwise(legs)), default=legs[0]))
         most = 0
         for number, own in enumerate(computed):
             begun, settled = self.schedule.begun[number], self.schedule.settled[number]
-            # of this bucket what arrives is unpacked before others are sent, and its update leaves after others settle
+            # of this wave what arrives is unpacked before others are sent, and its update leaves after others settle
             ahead = arriving[number] + own + sum(leaving[self._settled_before(number) : number])
             computing = own + sum(arriving[number + 1 : begun]) + sum(leaving[self._settled_before(number) : number])
             sent = own + sum(arriving[number + 1 : begun]) + sum(leaving[settled : number + 1])
@@ -122,7 +124,7 @@ class Pipeline:
         return most * self._dtype.itemsize
 
     def _settled_before(self, number: int) -> int:
-        """Buckets whose updates have been applied when it is a bucket's turn."""
+        """Waves whose updates have been applied when it is a wave's turn."""
         return self.schedule.settled[number - 1] if number else 0
 
     def run(self, groups: Sequence[Group], local: Mapping[int, LocalParameter], active: Sequence[bool]) -> None:
@@ -139,8 +141,8 @@ class Pipeline:
         chosen = tuple(active)
         steps = [
             number
-            for number, bucket in enumerate(self.plan.buckets)
-            if any(chosen[assignment.parameter] for assignment in bucket.assignments)
+            for number, wave in enumerate(self.plan.waves)
+            if any(chosen[assignment.parameter] for assignment in wave.assignments)
         ]
         self.bytes_sent = 0
         waiting = deque(steps)
@@ -150,7 +152,7 @@ class Pipeline:
         def begin(end: int) -> None:
             while waiting and waiting[0] < end:
                 number = waiting.popleft()
-                arriving.append(self._gather(number, self.plan.buckets[number], groups, local, chosen))
+                arriving.append(self._gather(number, groups, local, chosen))
 
         def settle(end: int) -> None:
             while leaving and leaving[0][0] < end:
@@ -166,7 +168,7 @@ class Pipeline:
                 settle(self.schedule.settled[number])
                 self._scatter(current, groups, local)
                 leaving.append((number, current))
-            settle(len(self.plan.buckets))
+            settle(len(self.plan.waves))
         except BaseException:
             self.pool.clear()
             raise
@@ -174,46 +176,44 @@ class Pipeline:
     def _gather(
         self,
         number: int,
-        bucket: Bucket,
         groups: Sequence[Group],
         local: Mapping[int, LocalParameter],
         active: tuple[bool, ...],
     ) -> _Flight:
         """Blend momentum where it lives, and send the result to the owners."""
-        routes = self._route(number, bucket, active)
+        wave = self.plan.waves[number]
+        routes = self._route(number, wave, active)
         leg, dtype = routes.gather, self._dtype
         send = self.pool.take(leg.send_numel, dtype, self.device)
         receive = self.pool.take(leg.receive_numel, dtype, self.device)
         kept_numel = sum(part.box.numel for part in routes.kept)
         kept = self.pool.take(kept_numel, dtype, self.device)
-        flight = _Flight(bucket, routes, kept, Transfer(send, receive))
-        # with nothing to wait for, what is kept is blended straight into the stack of matrices
+        flight = _Flight(wave, routes, kept, Transfer(send, receive))
+        # with nothing to wait for, what is kept is blended straight into the matrices
         whole = leg.receive_numel == 0
         if whole:
-            flight.matrices = kept.view(routes.matrices, routes.rows, routes.cols)
+            flight.matrices = kept
         with self.clock.phase("pack", self.device):
             self._blend(flight, groups, local, whole=whole)
-        if bucket.gathers:
+        if wave.gathers:
             flight.gather = self._start(leg, send, receive)
         return flight
 
     def _blend(
         self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
     ) -> None:
-        routes, bucket = flight.routes, flight.bucket
+        routes, wave = flight.routes, flight.wave
         places: dict[int, Tensor] = {}
         for part in routes.kept:
             places[part.slot] = self._view(flight, part) if whole else _packed(flight.kept, part)
         elsewhere = self.plan.sole_owners if self.owner_gradients else {}
         held = [
-            part
-            for part in routes.held
-            if elsewhere.get(bucket.assignments[part.slot].parameter, self.rank) == self.rank
+            part for part in routes.held if elsewhere.get(wave.assignments[part.slot].parameter, self.rank) == self.rank
         ]
-        for index, parts in self._by_group(bucket, held).items():
+        for index, parts in self._by_group(wave, held).items():
             grads, buffers, outs = [], [], []
             for part in parts:
-                mine = local[bucket.assignments[part.slot].parameter]
+                mine = local[wave.assignments[part.slot].parameter]
                 buffer = _at(mine.momentum, part.box, mine.box)
                 buffers.append(buffer)
                 grads.append(torch.zeros_like(buffer) if mine.grad is None else _at(mine.grad, part.box, mine.box))
@@ -229,13 +229,12 @@ class Pipeline:
 
     def _unpack(self, flight: _Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
-        bucket, routes, gather = flight.bucket, flight.routes, flight.gather
-        self._wait(gather, bucket)
+        routes, gather = flight.routes, flight.gather
+        self._wait(gather, flight.wave)
         self.pool.give(gather.send)
         if flight.matrices is None:
             with self.clock.phase("unpack", self.device):
-                stack = self.pool.take(routes.matrices * routes.rows * routes.cols, self._dtype, self.device)
-                flight.matrices = stack.view(routes.matrices, routes.rows, routes.cols)
+                flight.matrices = self.pool.take(routes.owned_numel, self._dtype, self.device)
                 for part in routes.gather.receives:
                     self._view(flight, part).copy_(_packed(gather.receive, part))
                 for part in routes.kept:
@@ -245,27 +244,31 @@ class Pipeline:
 
     def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
         assert flight.matrices is not None
-        if not flight.routes.matrices:  # a rank that owns none of it need not even have the group
-            return
+        for bucket, stack in zip(flight.wave.buckets, flight.routes.stacks, strict=True):
+            if stack.count:  # a rank that owns none of it need not even have the group
+                matrices = flight.matrices[stack.start : stack.start + stack.numel]
+                with self.clock.phase("ns", self.device):
+                    self._orthogonalize_stack(matrices.view(stack.count, stack.rows, stack.cols), bucket, groups)
+
+    def _orthogonalize_stack(self, matrices: Tensor, bucket: Bucket, groups: Sequence[Group]) -> None:
         # matrices of one bucket share their iteration, whatever groups they are in
-        slot = next(iter(flight.routes.place))
-        group = groups[self.plan.parameters[flight.bucket.assignments[slot].parameter].group]
-        rows, cols, size = flight.bucket.rows, flight.bucket.cols, flight.bucket.parts
+        mine = next(a for a in bucket.assignments if a.owner == self.rank)
+        group = groups[self.plan.parameters[mine.parameter].group]
+        rows, cols, size = bucket.rows, bucket.cols, bucket.parts
         request, eps, dtype = self.options.request(group), group["eps"], self.options.ns_dtype
-        with self.clock.phase("ns", self.device):
-            if size == 1:
-                recipe = choose(rows, cols, self.device, request, self.table)
-                orthogonalize_(flight.matrices, recipe, eps=eps, dtype=dtype, compile=self.options.compile)
-                return
-            link = link_of(self.table, self.plan.nodes, size)
-            way = team_recipe(rows, cols, self.device, request, size, self.table, link)
-            orthogonalize_slabs_(flight.matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
+        if size == 1:
+            recipe = choose(rows, cols, self.device, request, self.table)
+            orthogonalize_(matrices, recipe, eps=eps, dtype=dtype, compile=self.options.compile)
+            return
+        link = link_of(self.table, self.plan.nodes, size)
+        way = team_recipe(rows, cols, self.device, request, size, self.table, link)
+        orthogonalize_slabs_(matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, and meanwhile apply those that are at home already."""
-        bucket, routes = flight.bucket, flight.routes
+        routes = flight.routes
         assert flight.matrices is not None
-        for leg in routes.scatters if bucket.scatters else ():
+        for leg in routes.scatters if flight.wave.scatters else ():
             send = self.pool.take(leg.send_numel, self._dtype, self.device)
             receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
             with self.clock.phase("pack", self.device):
@@ -276,7 +279,7 @@ class Pipeline:
             flight.scatter = leg, transfer
         with self.clock.phase("apply", self.device):
             self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
-        self.pool.give(flight.matrices.view(-1))
+        self.pool.give(flight.matrices)
         flight.matrices = None
 
     def _apply_received(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
@@ -285,7 +288,7 @@ class Pipeline:
             return
         leg, transfer = flight.scatter
         flight.scatter = None
-        self._wait(transfer, flight.bucket)
+        self._wait(transfer, flight.wave)
         receives = [part for part in leg.receives if part.box.numel]
         with self.clock.phase("apply", self.device):
             directions = [_packed(transfer.receive, part) for part in receives]
@@ -301,11 +304,11 @@ class Pipeline:
         groups: Sequence[Group],
         local: Mapping[int, LocalParameter],
     ) -> None:
-        bucket = flight.bucket
+        wave = flight.wave
         direction_of = {part.slot: direction for part, direction in zip(parts, directions, strict=True)}
-        for index, members in self._by_group(bucket, parts).items():
+        for (index, rows, cols), members in self._by_scale(wave, parts).items():
             group = groups[index]
-            holders = [local[bucket.assignments[part.slot].parameter] for part in members]
+            holders = [local[wave.assignments[part.slot].parameter] for part in members]
             params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
             apply_direction(
                 params,
@@ -313,29 +316,35 @@ class Pipeline:
                 [direction_of[part.slot].to(param.device) for part, param in zip(members, params, strict=True)],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
-                scale=lr_scale(group["adjust_lr_fn"], bucket.rows, bucket.cols),
+                scale=lr_scale(group["adjust_lr_fn"], rows, cols),
                 foreach=self._foreach,
                 exact=not self.options.batched,
-                tall=bucket.rows > bucket.cols,
+                tall=rows > cols,
             )
 
-    def _by_group(self, bucket: Bucket, parts: Sequence[Part]) -> dict[int, list[Part]]:
+    def _by_group(self, wave: Wave, parts: Sequence[Part]) -> dict[int, list[Part]]:
         """Parts by the index of their parameter group, which has their hyperparameters."""
         found: dict[int, list[Part]] = {}
         for part in parts:
-            parameter = bucket.assignments[part.slot].parameter
+            parameter = wave.assignments[part.slot].parameter
             found.setdefault(self.plan.parameters[parameter].group, []).append(part)
         return found
 
+    def _by_scale(self, wave: Wave, parts: Sequence[Part]) -> dict[tuple[int, int, int], list[Part]]:
+        """Parts by the index of their parameter group and the shape of their matrix, which have their learning rate."""
+        found: dict[tuple[int, int, int], list[Part]] = {}
+        for part in parts:
+            spec = self.plan.parameters[wave.assignments[part.slot].parameter]
+            found.setdefault((spec.group, spec.matrices.rows, spec.matrices.cols), []).append(part)
+        return found
+
     def _view(self, flight: _Flight, part: Part) -> Tensor:
-        """The elements of ``part`` in the stack of owned matrices."""
+        """The elements of ``part`` among the owned matrices."""
         assert flight.matrices is not None
-        assignment = flight.bucket.assignments[part.slot]
-        spec = self.plan.parameters[assignment.parameter]
-        first = flight.routes.place[part.slot]
-        outer = assignment.box(spec)
-        stack = flight.matrices[first : first + assignment.count].view(outer.sizes)
-        return _at(stack, part.box, outer)
+        assignment = flight.wave.assignments[part.slot]
+        start = flight.routes.place[part.slot]
+        outer = assignment.box(self.plan.parameters[assignment.parameter])
+        return _at(flight.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
 
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1
@@ -343,26 +352,26 @@ class Pipeline:
         with self.clock.phase("wire", self.device):
             return self.exchange.start(leg, send, receive)
 
-    def _wait(self, transfer: Transfer, bucket: Bucket) -> None:
+    def _wait(self, transfer: Transfer, wave: Wave) -> None:
         with self.clock.phase("wait", self.device):
             try:
                 transfer.wait()
             except RuntimeError as error:
-                names = [self.plan.parameters[assignment.parameter].name for assignment in bucket.assignments]
+                names = [self.plan.parameters[assignment.parameter].name for assignment in wave.assignments]
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise RuntimeError(
                     f"rank {self.rank}: the exchange of the bucket of {names[0]!r}{more} failed, another rank has "
                     f"probably ended or hangs: look for the first error among all ranks ({error})"
                 ) from error
 
-    def _route(self, number: int, bucket: Bucket, active: tuple[bool, ...]) -> Routes:
-        chosen = tuple(active[assignment.parameter] for assignment in bucket.assignments)
+    def _route(self, number: int, wave: Wave, active: tuple[bool, ...]) -> Routes:
+        chosen = tuple(active[assignment.parameter] for assignment in wave.assignments)
         key = (number, chosen)
         if key not in self._routes:
             # masks of experts that are used now and then are many; one of a kind need not stay
-            if len(self._routes) > 4 * len(self.plan.buckets):
+            if len(self._routes) > 4 * len(self.plan.waves):
                 self._routes.clear()
-            self._routes[key] = route(self.plan, bucket, self.rank, active=active, all_gather=self.all_gather)
+            self._routes[key] = route(self.plan, wave, self.rank, active=active, all_gather=self.all_gather)
         return self._routes[key]
 
     @property

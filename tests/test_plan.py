@@ -110,9 +110,9 @@ def test_owners_are_spread_over_replicas():
     plan = build_plan(specs, ranks=ranks, bucket_numel=1 << 20)
     owners = [assignment.owner for bucket in plan.buckets for assignment in bucket.assignments]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
-    for bucket in plan.buckets:
+    for wave in plan.waves:
         for rank in ranks:
-            gather = route(plan, bucket, rank, active=None, all_gather=False).gather
+            gather = route(plan, wave, rank, active=None, all_gather=False).gather
             # shards come from the owner's own replica, {0, 1} or {2, 3}
             assert all(n == 0 or (r < 2) == (rank < 2) for r, n in enumerate(gather.receive_splits))
 
@@ -202,3 +202,34 @@ def test_a_spec_covers_its_parameter(shape, flatten):
         product *= size
     assert found.numel == product
     assert found.count == (shape[0] if len(shape) == 3 and not flatten else 1)
+
+
+def test_buckets_of_other_owners_travel_together():
+    """Twice as many ranks as matrices of either shape: one exchange for all of them, with all owners' links in use."""
+    ranks = tuple(range(8))
+    specs = [spec(f"a{i}", (8, 16), holdings((8, 16), ranks, axis=0, replicas=1)) for i in range(4)]
+    specs += [spec(f"b{i}", (8, 12), holdings((8, 12), ranks, axis=0, replicas=1)) for i in range(4)]
+    plan = build_plan(specs, ranks=ranks, bucket_numel=1 << 20)
+    assert len(plan.buckets) == 2
+    (wave,) = plan.waves
+    assert wave.buckets == plan.buckets
+    assert max(wave.owned_numel().values()) == 8 * 16
+
+
+def test_buckets_of_the_same_owners_travel_one_after_another():
+    ranks = tuple(range(4))
+    specs = [spec(f"a{i}", (8, 16), holdings((8, 16), ranks, axis=0, replicas=1)) for i in range(4)]
+    specs += [spec(f"b{i}", (8, 12), holdings((8, 12), ranks, axis=0, replicas=1)) for i in range(4)]
+    plan = build_plan(specs, ranks=ranks, bucket_numel=1 << 20)
+    assert [len(wave.buckets) for wave in plan.waves] == [1, 1]
+
+
+@given(models())
+def test_waves_are_the_buckets_in_their_order_and_no_rank_owns_more(drawn):
+    ranks, specs, bucket_numel, nodes = drawn
+    plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel, nodes=nodes)
+    assert tuple(bucket for wave in plan.waves for bucket in wave.buckets) == plan.buckets
+    assert [wave.first for wave in plan.waves] == [plan.buckets.index(wave.buckets[0]) for wave in plan.waves]
+    for wave in plan.waves:
+        alone = max(max(bucket.owned_numel().values()) for bucket in wave.buckets)
+        assert max(wave.owned_numel().values()) <= max(alone, bucket_numel)

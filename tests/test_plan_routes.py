@@ -12,29 +12,29 @@ from distmuon.plan.routes import route
 def test_every_element_travels_to_its_owner_and_home_to_everyone_who_stores_it(drawn, all_gather):
     ranks, specs, bucket_numel, nodes = drawn
     plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel, nodes=nodes)
-    for bucket in plan.buckets:
-        routes = {rank: route(plan, bucket, rank, active=None, all_gather=all_gather) for rank in ranks}
-        arrived = {slot: [] for slot in range(len(bucket.assignments))}
+    for wave in plan.waves:
+        routes = {rank: route(plan, wave, rank, active=None, all_gather=all_gather) for rank in ranks}
+        arrived = {slot: [] for slot in range(len(wave.assignments))}
         for rank in ranks:
             mine = routes[rank]
             for slot in mine.place:
-                assert bucket.assignments[slot].owner == rank
+                assert wave.assignments[slot].owner == rank
             for part in [*mine.kept, *mine.gather.receives]:
                 arrived[part.slot] += elements(part.box)
             returned = [part for leg in mine.scatters for part in leg.receives]
-            home = sorted(e for part in [*mine.updated, *returned] for e in tagged(part, bucket))
-            stored = sorted(e for part in mine.held for e in tagged(part, bucket))
+            home = sorted(e for part in [*mine.updated, *returned] for e in tagged(part, wave))
+            stored = sorted(e for part in mine.held for e in tagged(part, wave))
             assert home == stored
-            assert len(home) <= bucket.returns
-        for slot, assignment in enumerate(bucket.assignments):
+            assert len(home) <= wave.returns
+        for slot, assignment in enumerate(wave.assignments):
             box = assignment.box(specs[assignment.parameter])
             assert sorted(arrived[slot]) == sorted(elements(box))
         check_leg({rank: routes[rank].gather for rank in ranks}, ranks)
-        for leg in range(bucket.legs):
+        for leg in range(wave.legs):
             check_leg({rank: routes[rank].scatters[leg] for rank in ranks}, ranks)
-        assert bucket.gathers == any(r.gather.send_numel for r in routes.values())
+        assert wave.gathers == any(r.gather.send_numel for r in routes.values())
         if not all_gather:
-            assert bucket.scatters == any(leg.send_numel for r in routes.values() for leg in r.scatters)
+            assert wave.scatters == any(leg.send_numel for r in routes.values() for leg in r.scatters)
 
 
 def returned(routes):
@@ -42,8 +42,8 @@ def returned(routes):
     return [part for leg in routes.scatters for part in leg.receives]
 
 
-def tagged(part, bucket):
-    return [(bucket.assignments[part.slot].parameter, *element) for element in elements(part.box)]
+def tagged(part, wave):
+    return [(wave.assignments[part.slot].parameter, *element) for element in elements(part.box)]
 
 
 def check_leg(legs, ranks):
@@ -75,13 +75,13 @@ def test_what_takes_no_part_is_not_routed(drawn, data):
     ranks, specs, bucket_numel, nodes = drawn
     plan = build_plan(specs, ranks=ranks, bucket_numel=bucket_numel, nodes=nodes)
     active = data.draw(st.lists(st.booleans(), min_size=len(specs), max_size=len(specs)))
-    for bucket in plan.buckets:
+    for wave in plan.waves:
         for rank in ranks:
-            mine = route(plan, bucket, rank, active=active, all_gather=False)
+            mine = route(plan, wave, rank, active=active, all_gather=False)
             parts = [*mine.held, *mine.kept, *mine.updated, *mine.gather.sends]
             parts += [part for leg in mine.scatters for part in leg.receives]
             slots = {part.slot for part in parts} | set(mine.place)
-            assert all(active[bucket.assignments[slot].parameter] for slot in slots)
+            assert all(active[wave.assignments[slot].parameter] for slot in slots)
 
 
 def test_every_owner_sends_in_every_leg():
@@ -89,9 +89,9 @@ def test_every_owner_sends_in_every_leg():
     ranks = tuple(range(8))
     specs = [spec(f"w{i}", (16, 16), holdings((16, 16), ranks, axis=0, replicas=8)) for i in range(8)]
     plan = build_plan(specs, ranks=ranks, bucket_numel=64)
-    (bucket,) = plan.buckets
-    assert bucket.legs == 4
+    (wave,) = plan.waves
+    assert wave.legs == 4
     for rank in ranks:
-        for leg in route(plan, bucket, rank, active=None, all_gather=False).scatters:
+        for leg in route(plan, wave, rank, active=None, all_gather=False).scatters:
             assert leg.send_numel == 7 * 64
             assert leg.receive_numel == 7 * 64

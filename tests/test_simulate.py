@@ -6,21 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from distmuon.pipeline import Pipeline
 from distmuon.plan.assign import Assignment
 from distmuon.plan.boxes import Box
+from distmuon.plan.buckets import Bucket
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.memory import Memory, memory
 from distmuon.plan.nodes import node_of
 from distmuon.plan.parameters import Holding, ParameterSpec, TeamCost
-from distmuon.plan.plan import Bucket, Plan, build_plan
+from distmuon.plan.plan import Plan, build_plan
 from distmuon.plan.routes import route
 from distmuon.plan.schedule import Schedule
 from distmuon.plan.simulate import GLOO, NCCL, Traffic, Transport, simulate
 from distmuon.plan.simulate_loads import loads
+from distmuon.plan.waves import Wave
 from distmuon.speeds import Link, Speeds
 
 FREE = Link(0.0, 0.0, 0.0, 0.0)
@@ -52,8 +54,15 @@ def a_plan(owners, costs, *, ranks=(0, 1), shape=(4, 4), held=rows_of, nodes=Non
             assignments.append(Assignment(len(specs), 0, 1, owner))
             specs.append(ParameterSpec(matrices, shape, held(shape, ranks), cost=second(cost)))
         whole = len(ranks) > 1 and held is everywhere
-        buckets.append(Bucket(*shape, 1, tuple(assignments), not whole and len(ranks) > 1, len(ranks) > 1, whole))
-    return Plan(tuple(ranks), tuple(specs), tuple(buckets), nodes or (tuple(ranks),))
+        several = len(ranks) > 1
+        returns = len(members) * shape[0] * shape[1] // (1 if whole else len(ranks))
+        buckets.append(Bucket(*shape, 1, tuple(assignments), several and not whole, several, whole, returns))
+    return Plan(tuple(ranks), tuple(specs), tuple(buckets), nodes or (tuple(ranks),), each_alone(buckets))
+
+
+def each_alone(buckets):
+    """A wave of every bucket."""
+    return tuple(Wave((bucket,), number, 1) for number, bucket in enumerate(buckets))
 
 
 def in_turn(plan):
@@ -158,10 +167,10 @@ def test_a_team_meets_before_it_computes():
     ]
     slabs = tuple(Assignment(1, 0, 1, owner, part, 2) for part, owner in enumerate((0, 1)))
     buckets = (
-        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False),
-        Bucket(4, 12, 2, slabs, True, True, False),
+        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False, 12),
+        Bucket(4, 12, 2, slabs, True, True, False, 24),
     )
-    plan = Plan(ranks, tuple(specs), buckets, (ranks,))
+    plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     found = simulate(plan, Speeds(SLOW, SLOW), itemsize=1, schedule=Schedule((2, 2), (0, 0)), spans=True)
     # rank 1 has its slab when the first matrix and all slabs are there, and waits for rank 0
     assert bars(found, 0, "ns") == [("ns", 0, 24.0, 33.0), ("ns", 1, 33.0, 38.0)]
@@ -198,10 +207,10 @@ def test_who_sends_nothing_is_waited_for_where_the_backend_does(joint, waiting):
         ParameterSpec(matrix_spec("v", (4, 4), flatten=False), (4, 4), rows_of((4, 4), (0, 1)), cost=second(1.0)),
     ]
     buckets = (
-        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False),
-        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False),
+        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False, 16),
+        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False, 8),
     )
-    plan = Plan(ranks, tuple(specs), buckets, (ranks,))
+    plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     order = Schedule((1, 2), (0, 0))
     found = simulate(plan, Speeds(FREE, FREE), itemsize=1, schedule=order, transport=Transport(joint=joint))
     assert found.waiting[0] == waiting
@@ -264,7 +273,7 @@ def test_bytes_that_a_cpu_moves_keep_it_from_computing():
         ({"itemsize": 0}, "itemsize=0"),
         ({"ranks_per_core": 0.5}, "ranks_per_core=0.5"),
         ({"startup": -1.0}, "startup=-1.0"),
-        ({"schedule": Schedule((1,), (0,))}, "schedule is for 1 buckets, the plan has 2"),
+        ({"schedule": Schedule((1,), (0,))}, "schedule is for 1 waves, the plan has 2"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(wrong, says):
@@ -324,23 +333,29 @@ speeds_of = st.builds(Speeds, links, links, passes, passes, passes)
 @given(worlds(), st.booleans())
 def test_loads_are_those_of_the_routes(plan, all_gather):
     node = node_of(plan.nodes)
-    for bucket, load in zip(plan.buckets, loads(plan, all_gather=all_gather), strict=True):
+    for wave, load in zip(plan.waves, loads(plan, all_gather=all_gather), strict=True):
         for place, rank in enumerate(plan.ranks):
-            mine = route(plan, bucket, rank, active=None, all_gather=all_gather)
+            mine = route(plan, wave, rank, active=None, all_gather=all_gather)
             assert load.held[place] == sum(part.box.numel for part in mine.held)
-            assert load.owned[place] == mine.matrices * mine.rows * mine.cols
+            assert load.owned[place] == mine.owned_numel
+            assert load.legs == len(mine.scatters)
             assert load.kept[place] == sum(part.box.numel for part in mine.updated)
-            for leg, found in ((mine.gather, load.gather), (mine.scatter, load.scatter)):
-                assert leg.gathered == found.gathered
-                if leg.gathered is not None:
+            for legs, found in (([mine.gather], load.gather), (mine.scatters, load.scatter)):
+                if found.gathered is not None:
+                    # each leg is padded on its own
+                    shares = [leg.gathered for leg in legs]
+                    assert found.gathered <= sum(shares) and (len(legs) > 1 or shares == [found.gathered])
                     continue
-                for splits, numels in ((leg.send_splits, found.sent), (leg.receive_splits, found.received)):
+                for name, numels in (("send_splits", found.sent), ("receive_splits", found.received)):
+                    splits = [sum(of_rank) for of_rank in zip(*(getattr(leg, name) for leg in legs), strict=True)]
                     near = sum(n for other, n in zip(plan.ranks, splits, strict=True) if node[other] == node[rank])
                     assert (numels[0][place], numels[1][place]) == (near, sum(splits) - near)
 
 
 @given(worlds(), st.booleans())
 def test_memory_is_that_of_the_pipeline(plan, all_gather):
+    # how legs are cut is known to routes alone
+    assume(all(wave.legs == 1 for wave in plan.waves))
     found = memory(plan, all_gather=all_gather)
     for rank in plan.ranks:
         held = sum(h.box.numel for spec in plan.parameters for h in spec.holdings if h.rank == rank)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from distmuon.plan.plan import Plan
 from distmuon.plan.schedule import Schedule
 from distmuon.plan.schedule import schedule as schedule_of
-from distmuon.plan.simulate_loads import BucketLoad, LegLoad, loads
+from distmuon.plan.simulate_loads import LegLoad, WaveLoad, loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Memory:
 
     Attributes:
         momentum: Of the shards of all planned parameters, between steps too.
-        buffers: Most at once while buckets arrive, are computed and leave, in the dtype that travels.
+        buffers: Most at once while waves arrive, are computed and leave, in the dtype that travels.
     """
 
     momentum: int
@@ -32,7 +32,7 @@ def memory(plan: Plan, *, schedule: Schedule | None = None, all_gather: bool = T
 
     Args:
         plan: What to do.
-        schedule: When buckets set out; None: that of the plan.
+        schedule: When waves set out; None: that of the plan.
         all_gather: Whether updates of replicated buckets come back by an all-gather instead of an all-to-all.
     """
     order = schedule_of(plan) if schedule is None else schedule
@@ -40,20 +40,18 @@ def memory(plan: Plan, *, schedule: Schedule | None = None, all_gather: bool = T
     for spec in plan.parameters:
         for holding in spec.holdings:
             momentum[holding.rank] += holding.box.numel
-    buckets = list(loads(plan, all_gather=all_gather))
-    legs = [bucket.legs for bucket in plan.buckets]
-    return {rank: Memory(momentum[rank], _peak(buckets, legs, place, order)) for place, rank in enumerate(plan.ranks)}
+    waves = list(loads(plan, all_gather=all_gather))
+    return {rank: Memory(momentum[rank], _peak(waves, place, order)) for place, rank in enumerate(plan.ranks)}
 
 
-def _peak(buckets: Sequence[BucketLoad], legs: Sequence[int], place: int, order: Schedule) -> int:
-    """Most elements at once: as a bucket is unpacked, while it is computed, and when its update leaves."""
-    arriving = [_moved(load.gather, place) + load.kept[place] for load in buckets]
-    # of several legs two are on their way at a time
-    leaving = [_moved(load.scatter, place) * min(2, n) // n for load, n in zip(buckets, legs, strict=True)]
+def _peak(waves: Sequence[WaveLoad], place: int, order: Schedule) -> int:
+    """Most elements at once: as a wave is unpacked, while it is computed, and when its update leaves."""
+    arriving = [_moved(load.gather, place) + load.kept[place] for load in waves]
+    leaving = [_leaving(load, place) for load in waves]
     came = [0, *itertools.accumulate(arriving)]
     left = [0, *itertools.accumulate(leaving)]
     most = before = 0
-    for number, load in enumerate(buckets):
+    for number, load in enumerate(waves):
         own, begun, settled = load.owned[place], order.begun[number], order.settled[number]
         on_its_way = left[number] - left[before]
         ahead = came[max(begun, number + 1)] - came[number + 1]
@@ -61,6 +59,11 @@ def _peak(buckets: Sequence[BucketLoad], legs: Sequence[int], place: int, order:
         most = max(most, own + arriving[number] + on_its_way, own + ahead + max(on_its_way, sent))
         before = settled
     return most
+
+
+def _leaving(load: WaveLoad, place: int) -> int:
+    """Of several legs two are on their way at a time."""
+    return sum(_moved(load.scatter.cut(part, load.legs), place) for part in range(min(2, load.legs)))
 
 
 def _moved(leg: LegLoad, place: int) -> int:

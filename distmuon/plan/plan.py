@@ -8,48 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distmuon.plan.assign import Assignment, assign, balance, lots
-from distmuon.plan.layouts import Shares
+from distmuon.plan.assign import assign, balance
+from distmuon.plan.buckets import Bucket, buckets_of
 from distmuon.plan.nodes import Nodes, one_node, teams_of
 from distmuon.plan.parameters import ParameterSpec, check_cover
-
-# Updates that come back to a rank in one exchange may take this many times what it may own of a bucket
-_RETURNING = 8
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Matrices of one shape that go through the step together.
-
-    Attributes:
-        rows: Rows of every matrix.
-        cols: Columns of every matrix.
-        parts: How many ranks own each matrix together, every one a slab of it; 1: single owners.
-        assignments: What is in it and who owns it.
-        gathers: Whether any matrix has to be moved to its owner.
-        scatters: Whether any update has to be moved from its owner.
-        replicated: Whether every rank of the plan stores all of it.
-        returns: Elements of updates that come back to a rank, at most.
-        legs: In how many exchanges these come back.
-    """
-
-    rows: int
-    cols: int
-    parts: int
-    assignments: tuple[Assignment, ...]
-    gathers: bool
-    scatters: bool
-    replicated: bool
-    returns: int = 0
-    legs: int = 1
-
-    def owned_numel(self) -> Counter[int]:
-        """Elements by owner."""
-        owned: Counter[int] = Counter()
-        for assignment in self.assignments:
-            # the slabs of a team differ by less than a row of the long side
-            owned[assignment.owner] += assignment.count * -(-self.rows * self.cols // self.parts)
-        return owned
+from distmuon.plan.waves import Wave, waves_of
 
 
 @dataclass(frozen=True)
@@ -61,12 +24,14 @@ class Plan:
         parameters: What is planned.
         buckets: In the order in which they are run.
         nodes: Which of them share a node.
+        waves: The buckets again, in the order in which they are exchanged.
     """
 
     ranks: tuple[int, ...]
     parameters: tuple[ParameterSpec, ...]
     buckets: tuple[Bucket, ...]
     nodes: Nodes
+    waves: tuple[Wave, ...]
 
     def loads(self) -> dict[int, int]:
         """Cost by owner."""
@@ -102,7 +67,7 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan, the same in every process that made the same plan."""
-        sha = hashlib.sha256(repr((self.ranks, self.buckets, self.nodes)).encode())
+        sha = hashlib.sha256(repr((self.ranks, self.waves, self.nodes)).encode())
         for spec in self.parameters:
             sha.update(spec.digest().encode())
         return sha.hexdigest()
@@ -135,69 +100,6 @@ def build_plan(
             check_cover(spec)
     ordered = tuple(sorted(ranks))
     nodes = nodes or one_node(ordered)
-    classes: dict[tuple[int, int, str, int, int], list[Assignment]] = {}
-    costs: Counter[tuple[int, int, str, int, int]] = Counter()
-    for assignment in assign(parameters, most_numel=bucket_numel, nodes=nodes):
-        spec, parts = parameters[assignment.parameter], assignment.parts
-        # flattened convolutions are cut between input channels, so their slabs may differ from those of a matrix
-        extent = spec.shape[spec.slab_axis] if parts > 1 else 0
-        key = (spec.matrices.rows, spec.matrices.cols, spec.kind, parts, extent)
-        classes.setdefault(key, []).append(assignment)
-        costs[key] = max(costs[key], spec.cost_of(parts))
-    buckets = []
-    # teams first, while all their ranks are free, then what takes longest, so that little is left to send at the end
-    for key in sorted(classes, key=lambda key: (-key[3], -costs[key], key)):
-        rows, cols, _, parts, _ = key
-        for lot in _cut(classes[key], parameters, bucket_numel):
-            buckets.append(_bucket(rows, cols, parts, lot, parameters, ordered, bucket_numel))
-    return Plan(ordered, tuple(parameters), tuple(buckets), nodes)
-
-
-def _cut(
-    members: Sequence[Assignment], parameters: Sequence[ParameterSpec], bucket_numel: int
-) -> list[list[Assignment]]:
-    """Cut matrices of one shape into buckets, of which each owner has its next lot."""
-    by_owner: dict[int, list[int]] = {}
-    for place, assignment in enumerate(members):
-        by_owner.setdefault(assignment.owner, []).append(place)
-    lot_of = [0] * len(members)
-    for owned in by_owner.values():
-        # rounded up, so that the slabs of a team, all of whose ranks own the same matrices, are in one lot
-        numels = [
-            members[p].count * -(-parameters[members[p].parameter].matrix_numel // members[p].parts) for p in owned
-        ]
-        for place, lot in zip(owned, lots(numels, bucket_numel), strict=True):
-            lot_of[place] = lot
-    buckets: list[list[Assignment]] = [[] for _ in range(1 + max(lot_of))]
-    for place, assignment in enumerate(members):
-        buckets[lot_of[place]].append(assignment)
-    return buckets
-
-
-def _shares(parameters: Sequence[ParameterSpec], assignment: Assignment) -> Shares:
-    """Who stores how much of each matrix, or slab, of an assignment."""
-    return parameters[assignment.parameter].shares(assignment.first, assignment.part, assignment.parts)
-
-
-def _bucket(
-    rows: int,
-    cols: int,
-    parts: int,
-    members: Sequence[Assignment],
-    parameters: Sequence[ParameterSpec],
-    ranks: tuple[int, ...],
-    bucket_numel: int,
-) -> Bucket:
-    gathers = scatters = False
-    replicated = True
-    returns = 0
-    for assignment in members:
-        shares = _shares(parameters, assignment)
-        gathers |= shares.by_rank.get(assignment.owner, 0) != shares.numel
-        scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
-        replicated &= len(shares.wholes) == len(ranks)
-        returns += assignment.count * shares.most
-    replicated &= len(ranks) > 1
-    # no more than there are rows, or columns, to send
-    legs = min(-(-returns // (_RETURNING * bucket_numel)), max(rows, cols)) if scatters else 1
-    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, legs)
+    assigned = assign(parameters, most_numel=bucket_numel, nodes=nodes)
+    buckets = buckets_of(assigned, parameters, ordered, bucket_numel)
+    return Plan(ordered, tuple(parameters), buckets, nodes, waves_of(buckets, bucket_numel))

@@ -1,14 +1,15 @@
-"""One rank's part in the exchange of a bucket: what it packs, what it unpacks, and where that lies."""
+"""One rank's part in the exchange of a wave: what it packs, what it unpacks, and where that lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmuon.plan.assign import Assignment
 from distmuon.plan.boxes import Box
 from distmuon.plan.parameters import Holding, ParameterSpec
-from distmuon.plan.plan import Bucket, Plan
+from distmuon.plan.plan import Plan
+from distmuon.plan.waves import Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Part:
     """Elements of one assignment that are moved, or updated, together.
 
     Attributes:
-        slot: Which assignment of the bucket.
+        slot: Which assignment of the wave.
         box: The elements, in coordinates of the parameter.
         start: Where they lie in a packed buffer, in elements; None where they are in none.
     """
@@ -57,14 +58,34 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Routes:
-    """What one rank does with a bucket.
+class Stack:
+    """The matrices of one bucket that a rank owns, one after another.
 
     Attributes:
-        place: By slot that this rank owns, the place of its first matrix in the owned stack.
-        matrices: Number of matrices in the owned stack.
+        start: Where they lie among all that it owns of the wave, in elements.
+        count: How many there are.
         rows: Rows of each; where a team owns them, of this rank's slab.
         cols: Columns of each.
+    """
+
+    start: int
+    count: int
+    rows: int
+    cols: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all."""
+        return self.count * self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What one rank does with a wave.
+
+    Attributes:
+        place: By slot that this rank owns, where its first matrix begins among all that it owns, in elements.
+        stacks: What it owns of each bucket.
         held: Every part that this rank stores: its momentum is blended here. ``start`` says where in the
             gather's send buffer the result goes, None: it is not sent.
         kept: Parts that this rank both stores and hands to itself as the owner, one after another in a
@@ -75,31 +96,34 @@ class Routes:
     """
 
     place: Mapping[int, int]
-    matrices: int
-    rows: int
-    cols: int
+    stacks: tuple[Stack, ...]
     held: tuple[Part, ...]
     kept: tuple[Part, ...]
     gather: Leg
     updated: tuple[Part, ...]
     scatters: tuple[Leg, ...]
 
+    @property
+    def owned_numel(self) -> int:
+        """Elements that this rank owns."""
+        return sum(stack.numel for stack in self.stacks)
 
-def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | None, all_gather: bool) -> Routes:
-    """Work out one rank's part in a bucket.
+
+def route(plan: Plan, wave: Wave, rank: int, *, active: Sequence[bool] | None, all_gather: bool) -> Routes:
+    """Work out one rank's part in a wave.
 
     Both ends of every transfer order it alike: by assignment, then by box.
 
     Args:
         plan: The plan.
-        bucket: One of its buckets.
+        wave: One of its waves.
         rank: The global rank.
         active: Whether each parameter of the plan takes part; None: all do.
-        all_gather: Bring updates of replicated buckets back by an all-gather instead of an all-to-all.
+        all_gather: Bring updates of replicated waves back by an all-gather instead of an all-to-all.
     """
     slots = [
         (slot, assignment)
-        for slot, assignment in enumerate(bucket.assignments)
+        for slot, assignment in enumerate(wave.assignments)
         if active is None or active[assignment.parameter]
     ]
     index = {member: number for number, member in enumerate(plan.ranks)}
@@ -108,17 +132,14 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
     scatter_out: list[list[Part]] = [[] for _ in plan.ranks]
     scatter_in: list[list[Part]] = [[] for _ in plan.ranks]
     held, kept, updated = [], [], []
-    first: dict[int, int] = {}
-    matrices, shape = 0, (bucket.rows, bucket.cols)
+    owned = set()
     for slot, assignment in slots:
         spec, owner = plan.parameters[assignment.parameter], assignment.owner
         whole = assignment.box(spec)
-        holding = spec.layout.of_rank.get(rank)
-        mine = None if holding is None else holding.box.intersect(whole)
+        own = spec.layout.of_rank.get(rank)
+        mine = None if own is None else own.box.intersect(whole)
         if owner == rank:
-            first[slot] = matrices
-            matrices += assignment.count
-            shape = assignment.shape(spec)
+            owned.add(slot)
             for box, holders in _pieces(spec, whole):
                 part = Part(slot, box, None)
                 source = _source(holders, owner, spec)
@@ -142,19 +163,37 @@ def route(plan: Plan, bucket: Bucket, rank: int, *, active: Sequence[bool] | Non
     gather = _leg(gather_out, gather_in)
     starts = {(part.slot, part.box): part.start for part in gather.sends}
     placed = tuple(Part(part.slot, part.box, starts.get((part.slot, part.box))) for part in held)
-    if bucket.replicated and all_gather:
-        scatters = tuple(_all_gather_leg(plan, bucket, slots, rank, number) for number in range(bucket.legs))
+    if wave.replicated and all_gather:
+        scatters = tuple(_all_gather_leg(plan, wave, slots, rank, number) for number in range(wave.legs))
     else:
-        legs = range(bucket.legs)
-        scatters = tuple(_leg(_slice(scatter_out, leg, bucket), _slice(scatter_in, leg, bucket)) for leg in legs)
-    return Routes(first, matrices, *shape, placed, _place([kept])[0], gather, tuple(updated), scatters)
+        legs = range(wave.legs)
+        scatters = tuple(_leg(_slice(scatter_out, leg, wave), _slice(scatter_in, leg, wave)) for leg in legs)
+    return Routes(*_stack(plan, wave, owned), placed, _place([kept])[0], gather, tuple(updated), scatters)
 
 
-def _slice(by_rank: Sequence[Sequence[Part]], leg: int, bucket: Bucket) -> list[list[Part]]:
+def _stack(plan: Plan, wave: Wave, owned: Collection[int]) -> tuple[dict[int, int], tuple[Stack, ...]]:
+    """Where the matrices of each owned slot begin, and the stacks that they make up."""
+    place: dict[int, int] = {}
+    stacks = []
+    start = first = 0
+    for bucket in wave.buckets:
+        stack = Stack(start, 0, bucket.rows, bucket.cols)
+        for slot, assignment in enumerate(bucket.assignments, start=first):
+            if slot in owned:
+                place[slot] = start + stack.numel
+                shape = assignment.shape(plan.parameters[assignment.parameter])
+                stack = Stack(start, stack.count + assignment.count, *shape)
+        stacks.append(stack)
+        start += stack.numel
+        first += len(bucket.assignments)
+    return place, tuple(stacks)
+
+
+def _slice(by_rank: Sequence[Sequence[Part]], leg: int, wave: Wave) -> list[list[Part]]:
     """What of all parts goes with one leg: a slice of each, so that all owners send in every leg."""
-    if bucket.legs == 1:
+    if wave.legs == 1:
         return [list(parts) for parts in by_rank]
-    cut = [[Part(part.slot, part.box.cut(leg, bucket.legs), None) for part in parts] for parts in by_rank]
+    cut = [[Part(part.slot, part.box.cut(leg, wave.legs), None) for part in parts] for parts in by_rank]
     return [[part for part in parts if part.box.numel] for parts in cut]
 
 
@@ -197,10 +236,10 @@ def _place(by_rank: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[i
     return tuple(placed), tuple(splits)
 
 
-def _all_gather_leg(plan: Plan, bucket: Bucket, slots: Sequence[tuple[int, Assignment]], rank: int, leg: int) -> Leg:
+def _all_gather_leg(plan: Plan, wave: Wave, slots: Sequence[tuple[int, Assignment]], rank: int, leg: int) -> Leg:
     by_owner: dict[int, list[Part]] = {member: [] for member in plan.ranks}
     for slot, assignment in slots:
-        box = assignment.box(plan.parameters[assignment.parameter]).cut(leg, bucket.legs)
+        box = assignment.box(plan.parameters[assignment.parameter]).cut(leg, wave.legs)
         by_owner[assignment.owner].append(Part(slot, box, None))
     share = max(sum(part.box.numel for part in parts) for parts in by_owner.values())
     sends, receives = [], []

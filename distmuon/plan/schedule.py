@@ -1,8 +1,7 @@
-"""When buckets set out and when their updates are applied: as far ahead as memory allows.
+"""When waves of buckets set out and when their updates are applied: as far ahead as memory allows.
 
-A rank that owns nothing of a bucket has no reason to wait for those that do. So buckets are gathered before their
-turn, and updates applied after it, for as long as no rank holds more than it would with one bucket arriving and one
-leaving at a time.
+A rank that owns nothing of a wave has no reason to wait for those that do. So waves are gathered before their turn, and
+updates applied after it, for as long as no rank holds more than it would with one arriving and one leaving at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from distmuon.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Schedule:
-    """By bucket, in the order in which they are orthogonalized.
+    """By wave, in the order in which they are orthogonalized.
 
     Attributes:
-        begun: Gathers of so many buckets are under way, or done, when this one is orthogonalized.
-        settled: Updates of so many buckets have been applied when this one's set out.
+        begun: Gathers of so many waves are under way, or done, when this one is orthogonalized.
+        settled: Updates of so many waves have been applied when this one's set out.
     """
 
     begun: tuple[int, ...]
@@ -28,29 +27,27 @@ class Schedule:
 
 
 def schedule(plan: Plan) -> Schedule:
-    """How far ahead buckets are gathered, and how long updates may be on their way.
+    """How far ahead waves are gathered, and how long updates may be on their way.
 
     A pure function of the plan, so that all ranks start the same exchanges in the same order.
     """
-    held = [bucket.owned_numel() for bucket in plan.buckets]
+    held = [wave.owned_numel() for wave in plan.waves]
     # what all ranks send together is what they own; each sends about its share
     sent = [
-        sum(numels.values()) / len(plan.ranks) if b.gathers else 0.0
-        for numels, b in zip(held, plan.buckets, strict=True)
+        sum(numels.values()) / len(plan.ranks) if wave.gathers else 0.0
+        for numels, wave in zip(held, plan.waves, strict=True)
     ]
     begun = _reach(held, sent, 2)
     # updates leave in the order in which gathers arrive, so the same windows serve from behind; of several legs two are
     # on their way at a time
-    returned = [
-        bucket.returns * min(2, bucket.legs) / bucket.legs if bucket.scatters else 0.0 for bucket in plan.buckets
-    ]
+    returned = [wave.returns * min(2, wave.legs) / wave.legs if wave.scatters else 0.0 for wave in plan.waves]
     backwards = _reach(held[::-1], returned[::-1], 1)[::-1]
     settled = tuple(len(held) - reach for reach in backwards)
     return Schedule(begun, settled)
 
 
 def _reach(held: Sequence[Counter[int]], shares: Sequence[float], least: int) -> tuple[int, ...]:
-    """For each bucket the end of the longest run from it on that takes no more than ``least`` buckets take anywhere."""
+    """For each wave the end of the longest run from it on that takes no more than ``least`` waves take anywhere."""
     count = len(held)
     most = max((_fullest(held, shares, first, first + least) for first in range(count)), default=0.0)
     ends = []

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from distmuon.plan.plan import Plan
 from distmuon.plan.schedule import Schedule
 from distmuon.plan.schedule import schedule as schedule_of
-from distmuon.plan.simulate_loads import BucketLoad, LegLoad, loads
+from distmuon.plan.simulate_loads import LegLoad, WaveLoad, loads
 from distmuon.plan.simulate_parts import Cores, Exchange, Lanes
 from distmuon.plan.simulate_timeline import GLOO as GLOO
 from distmuon.plan.simulate_timeline import NCCL as NCCL
@@ -54,9 +54,9 @@ def simulate(
         ValueError: for fewer than one byte an element or rank a core, a schedule of another plan, or negative seconds.
     """
     order = schedule_of(plan) if schedule is None else schedule
-    count = len(plan.buckets)
+    count = len(plan.waves)
     if not len(order.begun) == len(order.settled) == count:
-        raise ValueError(f"schedule is for {len(order.begun)} buckets, the plan has {count}: make it of this plan.")
+        raise ValueError(f"schedule is for {len(order.begun)} waves, the plan has {count}: make it of this plan.")
     if itemsize < 1:
         raise ValueError(f"itemsize={itemsize}: an element takes at least one byte.")
     if ranks_per_core < 1.0:
@@ -117,8 +117,8 @@ class _Run:
         self._wanted = [rank in wanted for rank in plan.ranks]
         self._spans: list[Span] = []
         self._exchanges: list[Exchange] = []
-        buckets = list(loads(plan, all_gather=transport.all_gather))
-        self._program = self._operations(buckets, speeds, order)
+        waves = list(loads(plan, all_gather=transport.all_gather))
+        self._program = self._operations(waves, speeds, order)
         self._next = [0] * ranks
         self._time = [startup] * ranks
         self._blocked: list[Exchange | None] = [None] * ranks
@@ -130,21 +130,23 @@ class _Run:
         self._cores = Cores(ranks / ranks_per_core, startup) if ranks_per_core > 1.0 else None
 
     def _operations(
-        self, buckets: Sequence[BucketLoad], speeds: Speeds, order: Schedule
+        self, waves: Sequence[WaveLoad], speeds: Speeds, order: Schedule
     ) -> list[_Compute | _Start | _Wait | _Meet]:
         """What every rank does, one after another; they differ in how long it takes them."""
         program: list[_Compute | _Start | _Wait | _Meet] = []
         gathers: dict[int, Exchange] = {}
         scatters: dict[int, Exchange] = {}
         ranks = len(self._plan.ranks)
+        # exchanges are named by the first bucket of their wave
+        first = [load.work[0].bucket for load in waves]
 
-        def compute(kind: str, number: int, factor: float, amounts: Sequence[int]) -> None:
+        def compute(kind: str, bucket: int, factor: float, amounts: Sequence[float]) -> None:
             if factor and any(amounts):
-                program.append(_Compute(kind, number, [factor * amount for amount in amounts]))
+                program.append(_Compute(kind, bucket, [factor * amount for amount in amounts]))
 
         def start(kind: str, number: int, leg: LegLoad) -> Exchange:
             exchange = Exchange(
-                len(self._exchanges), kind, number, leg, self._itemsize, self._links, joint=self._transport.joint
+                len(self._exchanges), kind, first[number], leg, self._itemsize, self._links, joint=self._transport.joint
             )
             self._exchanges.append(exchange)
             program.append(_Start(exchange))
@@ -154,43 +156,54 @@ class _Run:
 
         def begin(until: int) -> None:
             nonlocal begun
-            for number in range(begun, min(until, len(buckets))):
-                compute("pack", number, speeds.blend, buckets[number].held)
-                if buckets[number].gather.moves:
-                    gathers[number] = start("gather", number, buckets[number].gather)
+            for number in range(begun, min(until, len(waves))):
+                compute("pack", first[number], speeds.blend, waves[number].held)
+                if waves[number].gather.moves:
+                    gathers[number] = start("gather", number, waves[number].gather)
             begun = max(begun, until)
+
+        def receive(number: int) -> None:
+            """Wait for the leg that is on its way, and apply it."""
+            load = waves[number]
+            program.append(_Wait(scatters.pop(number)))
+            received = [(held - kept) / load.legs for held, kept in zip(load.held, load.kept, strict=True)]
+            compute("apply", first[number], speeds.apply, received)
 
         settled = 0
 
         def settle(until: int) -> None:
             nonlocal settled
             for number in range(settled, until):
-                load = buckets[number]
                 if number in scatters:
-                    program.append(_Wait(scatters[number]))
-                received = [held - kept for held, kept in zip(load.held, load.kept, strict=True)]
-                compute("apply", number, speeds.apply, received)
+                    receive(number)
             settled = max(settled, until)
 
-        for number, load in enumerate(buckets):
+        for number, load in enumerate(waves):
             begin(number + 1)
             if number in gathers:
                 program.append(_Wait(gathers[number]))
-                # a rank to which nothing came has blended straight into its stack of matrices
+                # a rank to which nothing came has blended straight into its matrices
                 came = [near + far for near, far in zip(*load.gather.received, strict=True)]
-                compute("pack", number, speeds.copy, [n if c else 0 for n, c in zip(load.owned, came, strict=True)])
+                unpacked = [n if c else 0 for n, c in zip(load.owned, came, strict=True)]
+                compute("pack", first[number], speeds.copy, unpacked)
             begin(order.begun[number])
-            if load.teams:
-                program.append(_meeting(number, load.teams, ranks))
-            compute("ns", number, 1e-9, load.cost)
+            for work in load.work:
+                if work.teams:
+                    program.append(_meeting(work.bucket, work.teams, ranks))
+                compute("ns", work.bucket, 1e-9, work.cost)
             settle(min(order.settled[number], number))
             if load.scatter.moves:
-                leg = load.scatter
-                sent = load.owned if leg.gathered is not None else [a + b for a, b in zip(*leg.sent, strict=True)]
-                compute("pack", number, speeds.copy, sent)
-                scatters[number] = start("scatter", number, leg)
-            compute("apply", number, speeds.apply, load.kept)
-        settle(len(buckets))
+                for part in range(load.legs):
+                    leg = load.scatter.cut(part, load.legs)
+                    owned = [numel / load.legs for numel in load.owned]
+                    sent = owned if leg.gathered is not None else [a + b for a, b in zip(*leg.sent, strict=True)]
+                    compute("pack", first[number], speeds.copy, sent)
+                    exchange = start("scatter", number, leg)
+                    if number in scatters:
+                        receive(number)
+                    scatters[number] = exchange
+            compute("apply", first[number], speeds.apply, load.kept)
+        settle(len(waves))
         return program
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""What every rank computes and moves for a bucket, by link class: the input of a simulation.
+"""What every rank computes and moves for a wave of buckets, by link class: the input of a simulation.
 
 :mod:`distmuon.plan.routes` says the same of one rank, part by part. Here it is counted for all ranks at a time, and
 once for matrices that are stored alike, so that thousands of ranks take seconds.
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from distmuon.plan.assign import Assignment
 from distmuon.plan.boxes import chunk
+from distmuon.plan.buckets import Bucket
 from distmuon.plan.nodes import node_of
 from distmuon.plan.parameters import Holding, ParameterSpec
-from distmuon.plan.plan import Bucket, Plan
+from distmuon.plan.plan import Plan
+from distmuon.plan.waves import Wave
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class LegLoad:
     groups: tuple[Group, ...]
     gathered: int | None = None
 
+    def cut(self, part: int, parts: int) -> LegLoad:
+        """One of so many exchanges, equal but for rounding, that move this together."""
+        if parts == 1:
+            return self
+        sent, received = (
+            tuple([_slice(numel, part, parts) for numel in numels] for numels in pair)
+            for pair in (self.sent, self.received)
+        )
+        gathered = None if self.gathered is None else _slice(self.gathered, part, parts)
+        return LegLoad((sent[0], sent[1]), (received[0], received[1]), self.groups, gathered)
+
     @property
     def moves(self) -> bool:
         """Whether there is anything to exchange."""
@@ -48,26 +61,41 @@ class LegLoad:
 
 
 @dataclass(frozen=True)
-class BucketLoad:
-    """A bucket as all ranks see it; lists have an entry for each rank of the plan.
+class Work:
+    """What ranks orthogonalize of a bucket.
+
+    Attributes:
+        bucket: Its place in the plan.
+        cost: Time of each rank, in the unit of the plan.
+        teams: Places of the ranks of each team that owns something.
+    """
+
+    bucket: int
+    cost: list[int]
+    teams: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class WaveLoad:
+    """A wave as all ranks see it; lists have an entry for each rank of the plan.
 
     Attributes:
         held: Elements that it stores, whose momentum it blends.
         owned: Elements that it orthogonalizes.
         kept: Elements that it both stores and owns.
-        cost: Time to orthogonalize what it owns, in the unit of the plan.
+        work: Of each of its buckets.
         gather: Shards to owners.
-        scatter: Updates from owners.
-        teams: Places of the ranks of each team that owns something.
+        scatter: Updates from owners, in all legs.
+        legs: In how many exchanges these come back.
     """
 
     held: list[int]
     owned: list[int]
     kept: list[int]
-    cost: list[int]
+    work: tuple[Work, ...]
     gather: LegLoad
     scatter: LegLoad
-    teams: tuple[tuple[int, ...], ...]
+    legs: int
 
 
 @dataclass(eq=False)
@@ -169,7 +197,7 @@ class _Layout:
 
 @dataclass
 class _Way:
-    """What all owners take from the same sources, or hand to the same targets, in one bucket."""
+    """What all owners take from the same sources, or hand to the same targets, in one wave."""
 
     matrices: int = 0
     by_node: Counter[int] = field(default_factory=Counter)
@@ -181,16 +209,16 @@ class _Way:
         self.owners[owner] = None
 
 
-def loads(plan: Plan, *, all_gather: bool) -> Iterator[BucketLoad]:
-    """What each bucket asks of each rank.
+def loads(plan: Plan, *, all_gather: bool) -> Iterator[WaveLoad]:
+    """What each wave asks of each rank.
 
     Args:
         plan: The plan.
-        all_gather: Whether updates of replicated buckets come back by an all-gather instead of an all-to-all.
+        all_gather: Whether updates of replicated waves come back by an all-gather instead of an all-to-all.
     """
     world = _World(plan)
-    for bucket in plan.buckets:
-        yield world.load(bucket, all_gather=all_gather)
+    for wave in plan.waves:
+        yield world.load(wave, all_gather=all_gather)
 
 
 class _World:
@@ -216,21 +244,28 @@ class _World:
                 layouts[thorough] = known[quick] = layout
             self._layouts.append(layout)
 
-    def load(self, bucket: Bucket, *, all_gather: bool) -> BucketLoad:
-        """What one bucket asks of each rank."""
+    def work(self, bucket: Bucket, number: int) -> Work:
+        """What ranks orthogonalize of one bucket."""
+        cost = [0] * len(self._places)
+        teams: dict[tuple[int, int], list[int]] = {}
+        for a in bucket.assignments:
+            owner = self._places[a.owner]
+            cost[owner] += a.cost(self._plan.parameters[a.parameter])
+            if a.parts > 1:
+                teams.setdefault((a.parameter, a.first), []).append(owner)
+        return Work(number, cost, tuple(dict.fromkeys(tuple(sorted(team)) for team in teams.values())))
+
+    def load(self, wave: Wave, *, all_gather: bool) -> WaveLoad:
+        """What one wave asks of each rank."""
         ranks = len(self._places)
-        owned, kept, cost = [0] * ranks, [0] * ranks, [0] * ranks
+        owned, kept = [0] * ranks, [0] * ranks
         arriving, leaving = _pair(ranks), _pair(ranks)
         gathered: dict[_Shares, _Way] = {}
         scattered: dict[_Shares, _Way] = {}
-        teams: dict[tuple[int, int], list[int]] = {}
-        for a in bucket.assignments:
-            spec, layout, owner = self._plan.parameters[a.parameter], self._layouts[a.parameter], self._places[a.owner]
+        for a in wave.assignments:
+            layout, owner = self._layouts[a.parameter], self._places[a.owner]
             node = self._node[owner]
             members = self._members[node]
-            cost[owner] += a.cost(spec)
-            if a.parts > 1:
-                teams.setdefault((a.parameter, a.first), []).append(owner)
             for unit, count in layout.units(a):
                 sources = unit.sources(layout.replica_of.get(owner))
                 own = unit.everyone.numel.get(owner, 0) * count
@@ -246,14 +281,14 @@ class _World:
                 scattered.setdefault(unit.everyone, _Way()).add(count, node, owner)
         sent, _ = self._far_ends(gathered, kept)
         received, held = self._far_ends(scattered, kept)
-        gather = LegLoad(sent, arriving, _groups(gathered) if bucket.gathers else ())
-        if bucket.replicated and all_gather:
+        gather = LegLoad(sent, arriving, _groups(gathered) if wave.gathers else ())
+        if wave.replicated and all_gather:
             scatter = self._all_gather(max(owned))
         else:
-            backwards = _groups(scattered) if bucket.scatters else ()
+            backwards = _groups(scattered) if wave.scatters else ()
             scatter = LegLoad(leaving, received, tuple(Group(g.targets, g.sources) for g in backwards))
-        distinct = tuple(dict.fromkeys(tuple(sorted(team)) for team in teams.values()))
-        return BucketLoad(held, owned, kept, cost, gather, scatter, distinct)
+        work = tuple(self.work(bucket, number) for number, bucket in enumerate(wave.buckets, start=wave.first))
+        return WaveLoad(held, owned, kept, work, gather, scatter, wave.legs)
 
     def _far_ends(
         self, ways: Mapping[_Shares, _Way], kept: Sequence[int]
@@ -280,6 +315,10 @@ class _World:
                 near[member] = share * (ranks - 1) - (far[member] if len(members) == 1 else 0)
         everyone = tuple(range(ranks))
         return LegLoad((near, far), (near, far), (Group(everyone, everyone),), share)
+
+
+def _slice(numel: int, part: int, parts: int) -> int:
+    return numel * (part + 1) // parts - numel * part // parts
 
 
 def _pair(ranks: int) -> tuple[list[int], list[int]]:
