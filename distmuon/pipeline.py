@@ -51,7 +51,13 @@ class LocalParameter:
 
 @dataclass
 class _Flight:
-    """A wave on its way through the step; ``matrices`` are all that this rank owns of it, 1-D."""
+    """A wave on its way through the step.
+
+    Attributes:
+        matrices: All that this rank owns of it, 1-D; None before they are together and after they are sent.
+        scatter: The leg of the updates that is on its way.
+        legs: Those that have still to set out.
+    """
 
     wave: Wave
     routes: Routes
@@ -59,6 +65,7 @@ class _Flight:
     gather: Transfer
     matrices: Tensor | None = None
     scatter: tuple[Leg, Transfer] | None = None
+    legs: deque[Leg] = field(default_factory=deque)
 
 
 @dataclass
@@ -111,8 +118,9 @@ class Pipeline:
             arriving.append(routes.gather.send_numel + routes.gather.receive_numel + kept)
             computed.append(routes.owned_numel)
             legs = [leg.send_numel + leg.receive_numel for leg in routes.scatters]
-            # while one leg is on its way the one before is applied
-            leaving.append(max(map(sum, itertools.pairwise(legs)), default=legs[0]))
+            # while one leg is on its way the one before is applied, and the matrices wait for the last one
+            pairs = max(map(sum, itertools.pairwise(legs)), default=legs[0])
+            leaving.append(pairs + (routes.owned_numel if len(legs) > 1 else 0))
         most = 0
         for number, own in enumerate(computed):
             begun, settled = self.schedule.begun[number], self.schedule.settled[number]
@@ -265,36 +273,47 @@ class Pipeline:
         orthogonalize_slabs_(matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
-        """Send updates home, and meanwhile apply those that are at home already."""
+        """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""
         routes = flight.routes
-        assert flight.matrices is not None
-        for leg in routes.scatters if flight.wave.scatters else ():
-            send = self.pool.take(leg.send_numel, self._dtype, self.device)
-            receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
-            with self.clock.phase("pack", self.device):
-                for part in leg.sends:
-                    _packed(send, part).copy_(self._view(flight, part))
-            transfer = self._start(leg, send, receive)
-            self._apply_received(flight, groups, local)
-            flight.scatter = leg, transfer
+        if flight.wave.scatters:
+            flight.legs.extend(routes.scatters)
+            flight.scatter = self._send(flight)
         with self.clock.phase("apply", self.device):
             self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
-        self.pool.give(flight.matrices)
-        flight.matrices = None
+        self._release(flight)
+
+    def _send(self, flight: _Flight) -> tuple[Leg, Transfer] | None:
+        """Start the next leg of the updates, if there is one."""
+        if not flight.legs:
+            return None
+        leg = flight.legs.popleft()
+        send = self.pool.take(leg.send_numel, self._dtype, self.device)
+        receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
+        with self.clock.phase("pack", self.device):
+            for part in leg.sends:
+                _packed(send, part).copy_(self._view(flight, part))
+        return leg, self._start(leg, send, receive)
+
+    def _release(self, flight: _Flight) -> None:
+        """Give back the matrices once all of them were sent."""
+        if flight.matrices is not None and not flight.legs:
+            self.pool.give(flight.matrices)
+            flight.matrices = None
 
     def _apply_received(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
-        """Wait for the leg that is on its way, if there is one, and apply what it brings."""
-        if flight.scatter is None:
-            return
-        leg, transfer = flight.scatter
-        flight.scatter = None
-        self._wait(transfer, flight.wave)
-        receives = [part for part in leg.receives if part.box.numel]
-        with self.clock.phase("apply", self.device):
-            directions = [_packed(transfer.receive, part) for part in receives]
-            self._apply(flight, receives, directions, groups, local)
-        self.pool.give(transfer.send)
-        self.pool.give(transfer.receive)
+        """Wait for all legs of the updates and apply what they bring, one while the next is on its way."""
+        while flight.scatter is not None:
+            following = self._send(flight)
+            self._release(flight)
+            leg, transfer = flight.scatter
+            self._wait(transfer, flight.wave)
+            receives = [part for part in leg.receives if part.box.numel]
+            with self.clock.phase("apply", self.device):
+                directions = [_packed(transfer.receive, part) for part in receives]
+                self._apply(flight, receives, directions, groups, local)
+            self.pool.give(transfer.send)
+            self.pool.give(transfer.receive)
+            flight.scatter = following
 
     def _apply(
         self,

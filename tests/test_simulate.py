@@ -56,7 +56,7 @@ def a_plan(owners, costs, *, ranks=(0, 1), shape=(4, 4), held=rows_of, nodes=Non
         whole = len(ranks) > 1 and held is everywhere
         several = len(ranks) > 1
         returns = len(members) * shape[0] * shape[1] // (1 if whole else len(ranks))
-        buckets.append(Bucket(*shape, 1, tuple(assignments), several and not whole, several, whole, returns))
+        buckets.append(Bucket(*shape, 1, tuple(assignments), several and not whole, several, whole, returns, 16))
     return Plan(tuple(ranks), tuple(specs), tuple(buckets), nodes or (tuple(ranks),), each_alone(buckets))
 
 
@@ -167,8 +167,8 @@ def test_a_team_meets_before_it_computes():
     ]
     slabs = tuple(Assignment(1, 0, 1, owner, part, 2) for part, owner in enumerate((0, 1)))
     buckets = (
-        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False, 12),
-        Bucket(4, 12, 2, slabs, True, True, False, 24),
+        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False, 12, 16),
+        Bucket(4, 12, 2, slabs, True, True, False, 24, 16),
     )
     plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     found = simulate(plan, Speeds(SLOW, SLOW), itemsize=1, schedule=Schedule((2, 2), (0, 0)), spans=True)
@@ -207,8 +207,8 @@ def test_who_sends_nothing_is_waited_for_where_the_backend_does(joint, waiting):
         ParameterSpec(matrix_spec("v", (4, 4), flatten=False), (4, 4), rows_of((4, 4), (0, 1)), cost=second(1.0)),
     ]
     buckets = (
-        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False, 16),
-        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False, 8),
+        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False, 16, 16),
+        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False, 8, 16),
     )
     plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     order = Schedule((1, 2), (0, 0))
@@ -426,3 +426,20 @@ def test_spans_are_noted_of_the_ranks_asked_for():
     found = simulate(plan, Speeds(SLOW, SLOW), itemsize=2, spans=[1])
     assert found.spans == tuple(span for span in everything.spans if span.rank == 1) != ()
     assert simulate(plan, Speeds(SLOW, SLOW), itemsize=2).spans == ()
+
+
+def test_legs_of_many_replicas_wait_for_nobody_before_the_end():
+    """What one rank owns is orthogonalized while it has yet to be sent in further legs."""
+    ranks = tuple(range(16))
+    held = everywhere((8, 8), ranks)
+    specs = [
+        ParameterSpec(
+            matrix_spec(f"w{n:02}", (8, 8), flatten=False), (8, 8), held, cost=second(1.0 + n % 2), kind="ab"[n % 2]
+        )
+        for n in range(32)
+    ]
+    plan = build_plan(specs, ranks=ranks, bucket_numel=64)
+    assert all(wave.legs > 1 for wave in plan.waves)
+    waves = len(plan.waves)
+    found = simulate(plan, Speeds(FREE, FREE), itemsize=2, schedule=Schedule((waves,) * waves, (0,) * waves))
+    assert found.seconds == pytest.approx(max(plan.loads().values()) / 1e9)

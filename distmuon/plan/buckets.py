@@ -24,6 +24,7 @@ class Bucket:
         scatters: Whether any update has to be moved from its owner.
         replicated: Whether every rank of the plan stores all of it.
         returns: Elements of updates that come back to a rank, at most.
+        sends: Elements of updates that leave an owner, at most: a copy for each replica.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Bucket:
     scatters: bool
     replicated: bool
     returns: int
+    sends: int
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -110,10 +112,15 @@ def _bucket(
     gathers = scatters = False
     replicated = True
     returns = 0
+    sends: Counter[int] = Counter()
     for assignment in members:
         shares = _shares(parameters, assignment)
         gathers |= shares.by_rank.get(assignment.owner, 0) != shares.numel
         scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
         replicated &= len(shares.wholes) == len(ranks)
         returns += assignment.count * shares.most
-    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated and len(ranks) > 1, returns)
+        sends[assignment.owner] += assignment.count * (shares.stored - shares.by_rank.get(assignment.owner, 0))
+    replicated &= len(ranks) > 1
+    return Bucket(
+        rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, max(sends.values(), default=0)
+    )

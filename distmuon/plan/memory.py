@@ -62,8 +62,9 @@ def _peak(waves: Sequence[WaveLoad], place: int, order: Schedule) -> int:
 
 
 def _leaving(load: WaveLoad, place: int) -> int:
-    """Of several legs two are on their way at a time."""
-    return sum(_moved(load.scatter.cut(part, load.legs), place) for part in range(min(2, load.legs)))
+    """Of several legs two are on their way at a time, and the matrices wait for the last one."""
+    moved = sum(_moved(load.scatter.cut(part, load.legs), place) for part in range(min(2, load.legs)))
+    return moved + (load.owned[place] if load.legs > 1 else 0)
 
 
 def _moved(leg: LegLoad, place: int) -> int:

@@ -40,8 +40,10 @@ def schedule(plan: Plan) -> Schedule:
     begun = _reach(held, sent, 2)
     # updates leave in the order in which gathers arrive, so the same windows serve from behind; of several legs two are
     # on their way at a time
-    returned = [wave.returns * min(2, wave.legs) / wave.legs if wave.scatters else 0.0 for wave in plan.waves]
-    backwards = _reach(held[::-1], returned[::-1], 1)[::-1]
+    moved = [
+        (wave.returns + wave.sends) * min(2, wave.legs) / wave.legs if wave.scatters else 0.0 for wave in plan.waves
+    ]
+    backwards = _reach(held[::-1], moved[::-1], 1)[::-1]
     settled = tuple(len(held) - reach for reach in backwards)
     return Schedule(begun, settled)
 

@@ -162,12 +162,25 @@ class _Run:
                     gathers[number] = start("gather", number, waves[number].gather)
             begun = max(begun, until)
 
-        def receive(number: int) -> None:
-            """Wait for the leg that is on its way, and apply it."""
+        def send(number: int, part: int) -> Exchange:
+            """Pack a leg of the updates, and start it."""
             load = waves[number]
-            program.append(_Wait(scatters.pop(number)))
+            leg = load.scatter.cut(part, load.legs)
+            owned = [numel / load.legs for numel in load.owned]
+            sent = owned if leg.gathered is not None else [a + b for a, b in zip(*leg.sent, strict=True)]
+            compute("pack", first[number], speeds.copy, sent)
+            return start("scatter", number, leg)
+
+        def receive(number: int) -> None:
+            """Wait for all legs and apply them, one while the next is on its way."""
+            load = waves[number]
             received = [(held - kept) / load.legs for held, kept in zip(load.held, load.kept, strict=True)]
-            compute("apply", first[number], speeds.apply, received)
+            under_way = scatters.pop(number)
+            for part in range(load.legs):
+                following = send(number, part + 1) if part + 1 < load.legs else None
+                program.append(_Wait(under_way))
+                compute("apply", first[number], speeds.apply, received)
+                under_way = following or under_way
 
         settled = 0
 
@@ -193,15 +206,7 @@ class _Run:
                 compute("ns", work.bucket, 1e-9, work.cost)
             settle(min(order.settled[number], number))
             if load.scatter.moves:
-                for part in range(load.legs):
-                    leg = load.scatter.cut(part, load.legs)
-                    owned = [numel / load.legs for numel in load.owned]
-                    sent = owned if leg.gathered is not None else [a + b for a, b in zip(*leg.sent, strict=True)]
-                    compute("pack", first[number], speeds.copy, sent)
-                    exchange = start("scatter", number, leg)
-                    if number in scatters:
-                        receive(number)
-                    scatters[number] = exchange
+                scatters[number] = send(number, 0)
             compute("apply", first[number], speeds.apply, load.kept)
         settle(len(waves))
         return program

@@ -18,8 +18,8 @@ from distmuon.plan.buckets import Bucket
 
 # Buckets are joined if the busiest owner of both has at most this share of what the busiest of each have together
 _APART = 0.75
-# Updates that come back to a rank in one exchange may take this many times what it may own of a bucket
-_RETURNING = 8
+# Updates that leave or reach a rank in one exchange may take this many times what it may own of a bucket
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Wave:
     def returns(self) -> int:
         """Elements of updates that come back to a rank, at most."""
         return sum(bucket.returns for bucket in self.buckets)
+
+    @property
+    def sends(self) -> int:
+        """Elements of updates that leave an owner, at most."""
+        # owners of several buckets of a wave are rare
+        return max(bucket.sends for bucket in self.buckets)
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -107,4 +113,5 @@ def _legs(members: Sequence[Bucket], bucket_numel: int) -> int:
         return 1
     # no more than there are rows, or columns, to send
     most = min(max(bucket.rows, bucket.cols) for bucket in members)
-    return min(most, -(-sum(bucket.returns for bucket in members) // (_RETURNING * bucket_numel)))
+    numel = max(sum(bucket.returns for bucket in members), *(bucket.sends for bucket in members))
+    return min(most, -(-numel // (_AT_ONCE * bucket_numel)))
