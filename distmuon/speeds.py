@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 
@@ -20,12 +20,16 @@ class Link:
         exchange: Seconds a byte of an all-to-all.
         reduce: Seconds a byte of an all-reduce.
         gather: Seconds a byte of an all-gather.
+        reduce_extra: Seconds that an all-reduce takes on top of ``latency``.
+        gather_extra: Seconds that an all-gather takes on top of ``latency``.
     """
 
     latency: float
     exchange: float
     reduce: float
     gather: float
+    reduce_extra: float = 0.0
+    gather_extra: float = 0.0
 
     def __post_init__(self) -> None:
         _check(asdict(self))
@@ -36,11 +40,15 @@ class Link:
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
         """Seconds of an all-reduce of ``nbytes``, of which ``2 (ranks - 1) / ranks`` leave each rank."""
-        return 0.0 if ranks == 1 else self.latency + self.reduce * nbytes * 2 * (ranks - 1) / ranks
+        if ranks == 1:
+            return 0.0
+        return self.latency + self.reduce_extra + self.reduce * nbytes * 2 * (ranks - 1) / ranks
 
     def all_gather(self, nbytes: float, ranks: int) -> float:
         """Seconds to bring ``nbytes`` together of equal parts; ``(ranks - 1) / ranks`` reach each rank."""
-        return 0.0 if ranks == 1 else self.latency + self.gather * nbytes * (ranks - 1) / ranks
+        if ranks == 1:
+            return 0.0
+        return self.latency + self.gather_extra + self.gather * nbytes * (ranks - 1) / ranks
 
     @classmethod
     def of(cls, *, gigabytes: float, latency: float) -> Link:
@@ -87,7 +95,12 @@ class Speeds:
 
 def _link(found: object, name: str) -> Link:
     link = _get(found, "speeds", name)
-    return Link(*(_seconds(link, f"speeds.{name}", field.name) for field in fields(Link)))
+    if not isinstance(link, Mapping):
+        raise ValueError(f"speeds.{name}={link!r} is no link, which has a latency and rates")
+    # what is not needed to be there has a default
+    needed = [field.name for field in fields(Link) if field.default is MISSING]
+    given = [field.name for field in fields(Link) if field.default is not MISSING and field.name in link]
+    return Link(**{key: _seconds(link, f"speeds.{name}", key) for key in (*needed, *given)})
 
 
 def _get(found: object, where: str, key: str) -> Any:

@@ -27,15 +27,15 @@ from distmuon.numerics.update import apply_direction, blend_momentum
 from distmuon.speeds import Link, Speeds
 
 ON_CPU = torch.device("cpu")
-RATE = st.floats(1e-11, 1e-7)
+RATE, LATENCY = st.floats(1e-11, 1e-7), st.floats(1e-6, 1e-3)
 
 
 def timed(link, ranks, sizes=LINK_SIZES.all, name="local", factor=1.0):
     """What links with these rates would show: the bytes of each collective written out."""
     seconds = {
         "exchange": lambda n: link.latency + link.exchange * n,
-        "reduce": lambda n: link.latency + link.reduce * n,
-        "gather": lambda n: link.latency + link.gather * n,
+        "reduce": lambda n: link.latency + link.reduce_extra + link.reduce * n,
+        "gather": lambda n: link.latency + link.gather_extra + link.gather * n,
     }
     return [
         LinkTiming(name, collective, ranks, size, size + 2, factor * seconds[collective](size + 2), 0.0)
@@ -44,14 +44,16 @@ def timed(link, ranks, sizes=LINK_SIZES.all, name="local", factor=1.0):
     ]
 
 
-@given(st.floats(1e-6, 1e-3), RATE, RATE, RATE, st.sampled_from([2, 3, 8]))
-def test_fit_recovers_the_rates_of_exact_times(latency, exchange, reduce, gather, ranks):
-    link = Link(latency, exchange, reduce, gather)
+@given(LATENCY, RATE, RATE, RATE, st.just(0.0) | LATENCY, st.just(0.0) | LATENCY, st.sampled_from([2, 3, 8]))
+def test_fit_recovers_the_rates_of_exact_times(latency, exchange, reduce, gather, reduce_extra, gather_extra, ranks):
+    link = Link(latency, exchange, reduce, gather, reduce_extra, gather_extra)
     timings = timed(link, ranks)
     found = fit_link(timings)
     # a latency that is a millionth of all that was timed leaves few digits
     for key, value in dataclasses.asdict(link).items():
-        assert math.isclose(getattr(found, key), value, rel_tol=1e-6, abs_tol=1e-10 if key == "latency" else 0), key
+        assert math.isclose(getattr(found, key), value, rel_tol=1e-6, abs_tol=1e-10 if key not in COLLECTIVES else 0), (
+            key
+        )
     assert link_errors(timings, found).worst < 1e-9
 
 
@@ -63,6 +65,9 @@ def test_predictions_are_those_of_the_link():
     # 2 * 3/4 of 400, and 3/4 of 800, leave each of 4 ranks
     assert link_seconds(of["reduce"], link) == link.all_reduce(400, 4) == 1801.0
     assert link_seconds(of["gather"], link) == link.all_gather(800, 4) == 3001.0
+    later = Link(1.0, 2.0, 3.0, 5.0, reduce_extra=10.0, gather_extra=20.0)
+    assert [link_seconds(of[name], later) for name in COLLECTIVES] == [1201.0, 1811.0, 3021.0]
+    assert later.all_reduce(400, 1) == later.all_gather(800, 1) == 0.0
 
 
 @given(st.lists(st.floats(0.3, 3.0), min_size=15, max_size=15))
@@ -191,6 +196,17 @@ def test_a_table_bears_its_speeds_or_none(tmp_path):
         assert CostTable.load(tmp_path / "table.json").speeds == speeds
 
 
+def test_links_without_what_has_a_default_are_read(tmp_path):
+    path = tmp_path / "table.json"
+    speeds = builtin_speeds("cuda-sm90")
+    a_table(speeds).save(path)
+    found = json.loads(path.read_text())
+    for link in ("local", "remote"):
+        del found["speeds"][link]["reduce_extra"], found["speeds"][link]["gather_extra"]
+    path.write_text(json.dumps(found))
+    assert CostTable.load(path).speeds == speeds
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -202,7 +218,8 @@ def test_a_table_bears_its_speeds_or_none(tmp_path):
         (lambda speeds: speeds.update(apply=-1.0), "speeds.apply=-1.0: seconds are finite and not negative"),
         (lambda speeds: speeds.update(blend="fast"), "speeds.blend='fast' is no number of seconds"),
         (lambda speeds: speeds["local"].update(gather=None), "speeds.local.gather=None is no number of seconds"),
-        (lambda speeds: speeds.update(local=3.0), "speeds.local has no 'latency'"),
+        (lambda speeds: speeds["local"].update(reduce_extra=-1.0), "speeds.local.reduce_extra=-1.0: seconds are"),
+        (lambda speeds: speeds.update(local=3.0), "speeds.local=3.0 is no link, which has a latency and rates"),
     ],
 )
 def test_broken_speeds_are_named_in_a_sentence(change, reason, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from distmuon.calibrating.links import COLLECTIVES, LinkTiming
+from distmuon.calibrating.links import LinkTiming
 from distmuon.calibrating.measure import Timing
 from distmuon.calibrating.passes import PassTiming
 from distmuon.numerics.costs import Rates
@@ -53,13 +53,14 @@ def fit(timings: Sequence[Timing]) -> Rates:
 
 
 def fit_link(timings: Sequence[LinkTiming]) -> Link:
-    """The latency and the rates of a class of links, none negative, with the least sum of squared relative errors.
+    """The latencies and the rates of a class of links, none negative, with the least sum of squared relative errors.
 
     Args:
         timings: Of one class, one at least.
     """
     _check(timings)
-    units = [Link(*(float(number == term) for number in range(1 + len(COLLECTIVES)))) for term in range(4)]
+    nothing = dict.fromkeys((field.name for field in fields(Link)), 0.0)
+    units = [Link(**{**nothing, name: 1.0}) for name in nothing]
     return Link(*_solve([[link_seconds(timing, unit) / timing.seconds for unit in units] for timing in timings]))
 
 

@@ -20,7 +20,9 @@ from distmuon.comm.group import all_gather, default_group, warm_up
 
 COLLECTIVES = ("exchange", "reduce", "gather")
 _WIRE, _SUMMED = torch.bfloat16, torch.float32
-# The rounds of a fast network take milliseconds
+# A sample moves as many bytes as this, by 32 collectives at most, so that what a network lets through in a burst does
+# not pass for its rate
+_SAMPLE_BYTES, _MOST_TIMES = 1 << 21, 32
 _FEWEST_ROUNDS = 3
 
 
@@ -34,8 +36,8 @@ class LinkTiming:
         ranks: Of a group.
         size: Bytes that were asked for; ``nbytes`` but for the rounding to whole elements.
         nbytes: That leave each rank by the usual algorithm, as :class:`distmuon.speeds.Link` counts them.
-        seconds: Until the last rank had finished, in the median round.
-        spread: How much longer that is than the fastest round, as a fraction of it.
+        seconds: Until the last rank had finished: a quarter of the rounds took less.
+        spread: How much longer the median round took, as a fraction of ``seconds``.
     """
 
     link: str
@@ -187,17 +189,19 @@ def _nothing() -> None:
 
 
 def _once(ranks: Ranks, case: _Case) -> float:
-    """Seconds until the last rank has finished, which set out together."""
+    """Seconds of a collective, until the last rank has finished, all of which set out together."""
+    times = min(_MOST_TIMES, max(1, _SAMPLE_BYTES // case.size))
     wait(ranks.device)
     ranks.agree(0.0)
     start = time.perf_counter()
-    case.run()
+    for _ in range(times):
+        case.run()
     wait(ranks.device)
-    return ranks.agree(time.perf_counter() - start)
+    return ranks.agree(time.perf_counter() - start) / times
 
 
 def _timing(link: str, ranks: int, case: _Case) -> LinkTiming:
-    # what slows a collective down now and then are its own threads, so the fastest round is of no use for predictions
-    seconds = statistics.median(case.samples)
-    spread = seconds / min(case.samples) - 1.0
+    # the threads of a collective meet late now and then, so its fastest round is luck; slow ones tell of others' work
+    seconds = sorted(case.samples)[len(case.samples) // 4]
+    spread = statistics.median(case.samples) / seconds - 1.0
     return LinkTiming(link, case.collective, ranks, case.size, case.nbytes, seconds, spread)

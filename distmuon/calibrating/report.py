@@ -64,7 +64,8 @@ def report_moving(moving: Moving) -> str:
     for name in ("local", "remote"):
         link = getattr(moving.speeds, name)
         for collective in COLLECTIVES:
-            cells = [f"{link.latency * 1e3:.3f}", _inverse(getattr(link, collective))]
+            latency = link.latency + getattr(link, f"{collective}_extra", 0.0)
+            cells = [f"{latency * 1e3:.3f}", _inverse(getattr(link, collective))]
             lines.append(_line(moving, f"{name} {collective}", cells, estimated=name in moving.estimated))
     lines += ["", f"{'':>18}" + "".join(f"{title:>12}" for title in ("", "Gelement/s", *titles[3:]))]
     for name in PASSES:

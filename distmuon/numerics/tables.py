@@ -126,11 +126,13 @@ def _nearest(device: str) -> str:
     return {"9": "cuda-sm90", "10": "cuda-sm100"}.get(device.removeprefix("cuda-sm")[:-1], "cuda-sm80")
 
 
+# By distmuon calibrate --ranks 2 --threads 1 where _FLOAT32 was measured, links by gloo between 2 ranks, rounded (runs
+# differ by a third); between machines a guess, of Ethernet of 10 Gbit/s
 _CPU_SPEEDS = Speeds(
-    local=Link(latency=3e-4, exchange=8e-10, reduce=1.2e-9, gather=2e-9),
+    local=Link(2.4e-4, exchange=8e-10, reduce=6e-10, gather=1.1e-9, reduce_extra=6e-4, gather_extra=3e-4),
     remote=Link.of(gigabytes=1.0, latency=5e-4),
-    blend=1e-9,
-    copy=5e-10,
+    blend=1.4e-9,
+    copy=3.3e-10,
     apply=1e-9,
 )
 # GB/s of a GPU each way. Inside a node NVLink of generations 3, 4, 5 (NVIDIA: 600, 900, 1800 GB/s, of both ways), of
