@@ -31,7 +31,7 @@ def draw_scaling(axes: Axes, prediction: Prediction, scaling: Sequence[Scaling])
     world = len(prediction.ranks)
     axes.axvline(world, color="black", linestyle=":", linewidth=1)
     side = "right" if world == ranks[-1] else "left"
-    axes.text(world, 0.09, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
+    axes.text(world, 0.02, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [f"{rank}" for rank in ranks], minor=False)
