@@ -311,6 +311,20 @@ TORCH = [(2, "fsdp2 uneven"), (4, "fsdp2 few"), (3, "fsdp2 uneven"), (4, "hsdp u
 TORCH += [(2, "plain, mesh"), (4, "experts 5 on 4"), (4, "experts rows")]
 
 
+@pytest.mark.parametrize("layout", ["ddp", "plain, mesh", "hsdp uneven", "experts hsdp"])
+def test_updates_that_come_back_in_legs(pools, layout):
+    """Buckets so small that what comes back of one is cut into several exchanges."""
+    for legs in pools(4, in_legs, layout):
+        assert legs > 1
+
+
+def in_legs(layout):
+    twins = LAYOUTS[layout](torch.float32)
+    optimizer = sharded_optimizer(twins, bucket_bytes=2)
+    step_both(twins, optimizer, Reference(twins), range(3))
+    return max(wave.legs for part in optimizer._binding.parts for wave in part.pipeline.plan.waves)
+
+
 @pytest.mark.parametrize(("world_size", "layout"), TORCH)
 def test_bits_of_torch_muon(pools, world_size, layout):
     pools(world_size, parity, layout, oracle="torch")
