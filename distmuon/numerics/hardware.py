@@ -23,11 +23,12 @@ def has_native_bf16(device_type: str) -> bool:
         device_type: ``torch.device.type``, such as ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        True where bfloat16 products are at least as fast as float32 ones.
+        True where bfloat16 products are at least as fast as float32 ones; of a device that this machine lacks, for
+        which steps may be planned, too.
     """
     if device_type == "cpu":
         return _cpu_has(*_CPU_FLAGS)
-    if device_type == "cuda":
+    if device_type == "cuda" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
 

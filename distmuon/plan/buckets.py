@@ -110,17 +110,25 @@ def _bucket(
     ranks: tuple[int, ...],
 ) -> Bucket:
     gathers = scatters = False
-    replicated = True
-    returns = 0
+    replicated = len(ranks) > 1
     sends: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    # matrices by how they are stored, as most are stored alike
+    alike: dict[int, tuple[Shares, int]] = {}
     for assignment in members:
-        shares = _shares(parameters, assignment)
-        gathers |= shares.by_rank.get(assignment.owner, 0) != shares.numel
+        shares, count = _shares(parameters, assignment), assignment.count
+        own = shares.by_rank.get(assignment.owner, 0)
+        gathers |= own != shares.numel
         scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
         replicated &= len(shares.wholes) == len(ranks)
-        returns += assignment.count * shares.most
-        sends[assignment.owner] += assignment.count * (shares.stored - shares.by_rank.get(assignment.owner, 0))
-    replicated &= len(ranks) > 1
-    return Bucket(
-        rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, max(sends.values(), default=0)
-    )
+        sends[assignment.owner] += count * (shares.stored - own)
+        kept[assignment.owner] += count * own
+        _, before = alike.get(id(shares), (shares, 0))
+        alike[id(shares)] = shares, before + count
+    stored: Counter[int] = Counter()
+    for shares, count in alike.values():
+        for rank, numel in shares.by_rank.items():
+            stored[rank] += count * numel
+    returns = max((numel - kept[rank] for rank, numel in stored.items()), default=0)
+    most = max(sends.values(), default=0)
+    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, most)

@@ -36,21 +36,19 @@ class Shares:
         by_rank: Elements by the rank that stores some of them, by ascending rank.
         numel: Elements of the box.
         stored: Elements that all ranks store of it together, copies counted.
-        most: Elements of the rank that stores most of them.
         wholes: The ranks that store all of it.
     """
 
     by_rank: Mapping[int, int]
     numel: int
     stored: int
-    most: int
     wholes: tuple[int, ...]
 
     @classmethod
     def of(cls, by_rank: Mapping[int, int], numel: int) -> Shares:
         """From the elements by rank."""
         wholes = tuple(rank for rank, stored in by_rank.items() if stored == numel)
-        return cls(by_rank, numel, sum(by_rank.values()), max(by_rank.values(), default=0), wholes)
+        return cls(by_rank, numel, sum(by_rank.values()), wholes)
 
 
 class Layout:
