@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import distmuon
 from distmuon.numerics import recipe as recipes
 from distmuon.numerics.costs import CostTable, Rates
-from distmuon.numerics.products import Kernels, Strips, Whole, _strips
+from distmuon.numerics.products import Kernels, Strips, Whole, strips
 from distmuon.numerics.rationals import RATIONALS
 from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_table
@@ -178,7 +178,7 @@ def test_what_is_asked_for_is_run():
 
 @pytest.mark.parametrize("rows", [1, 63, 127, 128, 255, 256, 300, 511, 512, 777, 4096])
 def test_strips_cover_the_rows(rows):
-    strips = _strips(rows)
+    strips = strips(rows)
     assert strips[0][0] == 0 and strips[-1][1] == rows
     assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(strips))
     assert len(strips) == 1 or min(end - begin for begin, end in strips) >= 128
