@@ -178,10 +178,10 @@ def test_what_is_asked_for_is_run():
 
 @pytest.mark.parametrize("rows", [1, 63, 127, 128, 255, 256, 300, 511, 512, 777, 4096])
 def test_strips_cover_the_rows(rows):
-    strips = strips(rows)
-    assert strips[0][0] == 0 and strips[-1][1] == rows
-    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(strips))
-    assert len(strips) == 1 or min(end - begin for begin, end in strips) >= 128
+    cut = strips(rows)
+    assert cut[0][0] == 0 and cut[-1][1] == rows
+    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(cut))
+    assert len(cut) == 1 or min(end - begin for begin, end in cut) >= 128
 
 
 def test_precision_on_a_cpu_without_bfloat16_units(monkeypatch):
