@@ -2,12 +2,15 @@
 
     python benchmarks/simulator.py --ranks 2 4
     python benchmarks/simulator.py --ranks 2 --links 1gbit 0.2gbit
-    python benchmarks/simulator.py --ranks 2 --table cost_table.json --json simulator.json
+    python benchmarks/simulator.py --ranks 2 --only mix --json simulator.json
 
-First one rank a core, all busy, measures the engines and passes as ``distmuon calibrate`` does; then the ranks of each
-run measure their links and step each model in turn. ``--links`` puts every rank into a network namespace of its own,
-a node to distmuon, whose adapter is slowed to that rate: that takes root on Linux, with ``ip``, ``tc`` and ``unshare``.
-Where more ranks than cores run, the simulation lets them share.
+Rounds A B C A B C: in each the ranks time the parts of a step as ``distmuon calibrate`` does (engines and passes on as
+many ranks as there are cores, all busy; links between all ranks) and then step every model, so that whatever else
+the machine does slows both alike. Predictions are made of the medians, and compared with the median step of the
+slowest rank. Owners are planned by a first round. Where more ranks than cores run, the simulation lets them share.
+
+``--links`` puts two ranks into network namespaces of their own, nodes to distmuon, whose adapters are slowed to that
+rate: it takes root on Linux, with ``ip``, ``tc`` and ``unshare``.
 """
 
 from __future__ import annotations
@@ -30,18 +33,7 @@ from simulator_links import LinksError, namespaces
 from simulator_models import CASES
 from simulator_ranks import Request, Row
 
-from distmuon.calibrating.fit import fit, fit_pass
-from distmuon.calibrating.passes import PASSES
-from distmuon.calibrating.session import Job, run
-from distmuon.numerics.costs import CostTable
-from distmuon.numerics.hardware import device_class
-from distmuon.numerics.tables import builtin_speeds
-
 _HERE = pathlib.Path(__file__).parent
-# One engine, so that the minute goes to its accuracy; sizes between which those of the models lie
-_ENGINE = "rational"
-_SHAPES = ((64, 64), (128, 512), (256, 256), (320, 1280), (448, 448), (512, 2048), (640, 640), (1024, 1024))
-_SIDES = (128, 256, 512)
 _LIMIT_S = 240.0
 
 
@@ -51,12 +43,11 @@ def main() -> int:
     console = Console(highlight=False, width=max(120, Console().width))
     cores = len(os.sched_getaffinity(0))
     began = time.time()
-    table = CostTable.load(args.table) if args.table else calibrated(cores, args.threads)
-    console.print(f"torch {torch.__version__}, {cores} cores, {args.threads} threads a rank; engines: {table.source}")
+    console.print(f"torch {torch.__version__}, {cores} cores, {args.threads} threads a rank")
     rows: list[Row] = []
     for ranks, link in [*((count, None) for count in args.ranks), *((2, rate) for rate in args.links)]:
         try:
-            found = measured(ranks, link, table, args)
+            found = measured(ranks, link, args)
         except LinksError as error:
             console.print(f"{link}: skipped, {error}", markup=False)
             continue
@@ -68,19 +59,7 @@ def main() -> int:
     return int(any(abs(row.ratio - 1.0) > args.bar for row in rows))
 
 
-def calibrated(ranks: int, threads: int) -> CostTable:
-    """The rates of one engine and of passes while ``ranks`` processes measure them at the same time."""
-    job = Job(shapes=_SHAPES, engines=(_ENGINE,), sides=_SIDES)
-    device = torch.device("cpu")
-    found = run(job, device=device, count=ranks, threads=threads, in_launch=False)
-    assert found is not None
-    passes = {name: fit_pass([timing for timing in found.passes if timing.name == name]) for name in PASSES}
-    speeds = dataclasses.replace(builtin_speeds("cpu-float32"), **passes)
-    source = f"measured, {ranks} ranks at a time"
-    return CostTable(device_class(device), source, ((_ENGINE, fit(found.engines)),), speeds)
-
-
-def measured(ranks: int, link: str | None, table: CostTable, args: argparse.Namespace) -> list[Row]:
+def measured(ranks: int, link: str | None, args: argparse.Namespace) -> list[Row]:
     """Start ``ranks`` processes, each in its namespace if there is a ``link``, and return what they found.
 
     Raises:
@@ -89,7 +68,6 @@ def measured(ranks: int, link: str | None, table: CostTable, args: argparse.Name
     cases = tuple(name for name in CASES if not args.only or any(word in name for word in args.only))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         places = stack.enter_context(namespaces(ranks, link)) if link else [[] for _ in range(ranks)]
-        table.save(pathlib.Path(folder, "table.json"))
         request = Request(ranks, link, args.threads, cases, args.rounds, args.limit, folder)
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         processes = []
@@ -110,13 +88,26 @@ def shown(rows: list[Row], ranks: int, link: str | None) -> Table:
     """The rows of one run."""
     title = f"{ranks} ranks, {f'a node each, links of {link}' if link else 'one node'}"
     table = Table(title=f"{title}; {rows[0].links}", title_justify="left")
-    for column in ("model", "layout", "measured ms", "fastest", "slowest", "others", "predicted ms", "ns", "waiting"):
-        table.add_column(column, justify="left" if column in ("model", "layout") else "right")
+    for column in (
+        "model",
+        "layout",
+        "ms",
+        "fastest to slowest",
+        "others",
+        "of it ns",
+        "predicted",
+        "of it ns",
+        "waiting",
+    ):
+        table.add_column(column, justify="left" if column in ("model", "layout") else "right", no_wrap=True)
     table.add_column("predicted / measured", justify="right")
     for row in rows:
-        numbers = [f"{1e3 * number:.1f}" for number in (row.median, row.fastest, row.slowest)]
-        more = [f"{1e3 * number:.1f}" for number in (row.predicted, row.ns, row.waiting)]
-        table.add_row(row.case, row.layout, *numbers, f"{row.others:.0%}", *more, f"{row.ratio:.3f}")
+        seconds = (row.median, row.measured_ns, row.predicted, row.ns, row.waiting)
+        median, measured_ns, predicted, ns, waiting = (f"{1e3 * number:.1f}" for number in seconds)
+        spread = f"{1e3 * row.fastest:.1f} to {1e3 * row.slowest:.1f}"
+        ratio = f"{row.ratio:.3f}"
+        others = f"{row.others:.0%}"
+        table.add_row(row.case, row.layout, median, spread, others, measured_ns, predicted, ns, waiting, ratio)
     return table
 
 
@@ -128,7 +119,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each model")
     parser.add_argument("--limit", type=float, default=40.0, help="seconds after which no round of a run begins")
     parser.add_argument("--only", nargs="+", default=[], help="models whose name contains one of these")
-    parser.add_argument("--table", type=pathlib.Path, help="a cost table of distmuon calibrate, instead of measuring")
     parser.add_argument("--bar", type=float, default=0.2, help="how far a prediction may be off")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here as well")
     return parser.parse_args()

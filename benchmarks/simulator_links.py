@@ -57,9 +57,9 @@ def namespaces(count: int, rate: str) -> Iterator[list[list[str]]]:
                 "rate",
                 rate,
                 "burst",
-                "1mb",
+                "128kb",
                 "latency",
-                "400ms",
+                "50ms",
             )
         yield [_beginning(rank % 2) for rank in range(count)]
     finally:

@@ -25,13 +25,13 @@ class Case:
 
 _EQUAL = (((512, 512),) * 4 + ((2048, 512), (512, 2048)),) * 8
 _MIXED = (((640, 640), (160, 640), (160, 640), (640, 640), (1728, 640), (640, 1728)),) * 3 + (((1024, 320),),) * 2
-_ONE = (((1536, 1536),),) + (((256, 256),) * 4,) * 3
+_ONE = (((1280, 1280),),) + (((256, 256),) * 4,) * 3
 
 CASES = {
     "48 of 512 and MLPs": Case("FSDP2", _EQUAL),
     "48, replicated": Case("replicated", _EQUAL),
     "mix of shapes": Case("FSDP2", _MIXED),
     "mix, small buckets": Case("FSDP2", _MIXED, {"bucket_bytes": 1 << 20}),
-    "1536 and 12 of 256": Case("FSDP2", _ONE),
-    "1536, no teams": Case("FSDP2", _ONE, {"teams": False}),
+    "1280 and 12 of 256": Case("FSDP2", _ONE),
+    "1280, no teams": Case("FSDP2", _ONE, {"teams": False}),
 }

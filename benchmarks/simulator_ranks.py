@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -9,9 +10,10 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,18 +25,44 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distmuon
-from distmuon.calibrating.fit import fit_link
-from distmuon.calibrating.links import measure_links
+from distmuon.calibrating.fit import fit, fit_link, fit_pass
+from distmuon.calibrating.links import LinkTiming, measure_links
+from distmuon.calibrating.measure import Timing
+from distmuon.calibrating.passes import PASSES, PassTiming, measure_passes
 from distmuon.calibrating.ranks import Ranks
+from distmuon.costing import link_of, nanoseconds, owner_cost
 from distmuon.numerics.costs import CostTable
+from distmuon.numerics.orthogonalize import orthogonalize_
+from distmuon.numerics.recipe import Request as NumericsRequest
+from distmuon.numerics.recipe import choose
+from distmuon.numerics.teams import team_recipe
+from distmuon.plan.parameters import ParameterSpec, TeamCost
+from distmuon.plan.plan import Plan
 from distmuon.plan.simulate import GLOO, Timeline, Transport, simulate
-from distmuon.speeds import Speeds
+from distmuon.speeds import Link, Speeds
 
 _CPU = torch.device("cpu")
+# One engine is enough; shapes and sides between which those of the models lie
+_ENGINE = "rational"
+_SHAPES = (
+    (128, 512),
+    (256, 256),
+    (320, 960),
+    (448, 448),
+    (512, 1536),
+    (576, 2304),
+    (640, 640),
+    (1024, 1024),
+    (1536, 1536),
+)
+_SIDES = (128, 256, 512)
+_NUMEL = 1 << 23
 _WARM_UP = 2
 # Bytes that leave a rank in one collective, about those of a bucket
-_SIZES = (1 << 16, 1 << 19, 1 << 21, 1 << 23)
-_SLOW_SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
+_SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
+_SLOW_SIZES = (1 << 20, 1 << 22)
+# Most bytes whose handling is timed, and about the seconds that they may travel
+_TRAVELS, _TRAVEL_S = 1 << 23, 0.08
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,7 @@ class Request:
         cases: Names of models.
         rounds: Steps of each.
         limit_s: Seconds after which no round begins.
-        folder: Where ranks meet, with the cost table in ``table.json``; rank 0 leaves ``rows.json``.
+        folder: Where ranks meet, and rank 0 leaves ``rows.json``.
     """
 
     ranks: int
@@ -87,7 +115,8 @@ class Row:
         predicted: The simulated step.
         ns: Orthogonalization of the busiest rank in it.
         waiting: Of the rank that is idle longest in it.
-        phases: ``last_step_stats()`` of rank 0.
+        measured_ns: Orthogonalization of the busiest rank, the median step's.
+        phases: ``last_step_stats()`` of rank 0 in the last step.
     """
 
     ranks: int
@@ -102,6 +131,7 @@ class Row:
     predicted: float
     ns: float
     waiting: float
+    measured_ns: float
     phases: dict[str, float]
 
     @property
@@ -111,7 +141,7 @@ class Row:
 
 
 class Model:
-    """Parameters with gradients that are there before the clock starts."""
+    """Parameters with gradients that are there before the clock starts, and their optimizer."""
 
     def __init__(self, case: Case, mesh: DeviceMesh, table: CostTable) -> None:
         torch.manual_seed(0)
@@ -133,29 +163,142 @@ class Model:
         groups = [{"params": list(module.parameters()), "use_muon": True}]
         settings = {"lr": 1e-4, "cost_table": table, "step_stats": True, **where, **case.settings}
         self.optimizer = distmuon.Muon(groups, **settings)
+        for _ in range(_WARM_UP):
+            self.optimizer.step()
 
-    def predict(self, speeds: Speeds, ranks_per_core: float, startup: float, transport: Transport) -> list[Timeline]:
-        """The steps of its plans, which run one after another."""
-        assert self.optimizer._binding is not None
-        return [
-            simulate(
-                part.pipeline.plan,
-                speeds,
-                itemsize=2,
-                schedule=part.pipeline.schedule,
-                ranks_per_core=ranks_per_core,
-                startup=startup,
-                transport=transport,
+    def predict(self, table: CostTable, ranks_per_core: float, startup: float, transport: Transport) -> Timeline:
+        """The step of its plan, whose owners stand, at the prices of ``table``."""
+        assert self.optimizer._binding is not None and table.speeds is not None
+        (part,) = self.optimizer._binding.parts
+        pipeline = part.pipeline
+        request = self.optimizer._options.request(self.optimizer.param_groups[0])
+        specs = tuple(priced(spec, request, table, pipeline.plan) for spec in pipeline.plan.parameters)
+        return simulate(
+            dataclasses.replace(pipeline.plan, parameters=specs),
+            table.speeds,
+            itemsize=pipeline.options.wire_dtype.itemsize,
+            schedule=pipeline.schedule,
+            ranks_per_core=ranks_per_core,
+            startup=startup,
+            transport=transport,
+        )
+
+
+def priced(spec: ParameterSpec, request: NumericsRequest, table: CostTable, plan: Plan) -> ParameterSpec:
+    """A parameter whose matrices cost what ``table`` says."""
+    rows, cols = spec.matrices.rows, spec.matrices.cols
+    teams = []
+    for size in (team.size for team in spec.teams):
+        way = team_recipe(rows, cols, _CPU, request, size, table, link_of(table, plan.nodes, size))
+        teams.append(TeamCost(size, nanoseconds(way.seconds)))
+    return dataclasses.replace(spec, cost=owner_cost(rows, cols, _CPU, request, table), teams=tuple(teams))
+
+
+class Probes:
+    """What the machine takes for the parts of a step, a sample of each a round.
+
+    Engines and passes run on as many ranks as there are cores, all at the same time; links on all ranks.
+
+    Args:
+        ranks: All of them.
+        sizes: Bytes that leave a rank in one collective.
+    """
+
+    def __init__(self, ranks: Ranks, sizes: Sequence[int]) -> None:
+        self._ranks, self._sizes = ranks, sizes
+        self._busy = range(min(ranks.size, len(os.sched_getaffinity(0))))
+        self._group = dist.new_group(list(self._busy))
+        self._stacks = []
+        for shape in _SHAPES:
+            recipe = choose(*shape, _CPU, NumericsRequest(torch.bfloat16, _ENGINE))
+            self._stacks.append((recipe, torch.randn(2 if min(shape) < 1024 else 1, *shape).bfloat16()))
+        self._engines: list[list[float]] = [[] for _ in _SHAPES]
+        self._links: dict[tuple[str, int], list[LinkTiming]] = {}
+        self._passes: dict[tuple[str, int], list[PassTiming]] = {}
+        self._alone: list[float] = []
+        self._meanwhile: list[float] = []
+        self._bytes = 0
+        self._square = torch.randn(512, 512)
+
+    def round(self, *, links: bool) -> None:
+        """Take a sample of everything, but of links only if they are asked for: slow ones take seconds."""
+        if links:
+            for timing in measure_links(self._ranks, self._sizes, rounds=1):
+                self._links.setdefault((timing.collective, timing.size), []).append(timing)
+        if not self._bytes:
+            self._bytes = int(min(_TRAVELS, _TRAVEL_S / self._link().exchange))
+        self._compute(self._alone, 0)
+        self._compute(self._meanwhile, self._bytes)
+        if self._ranks.rank in self._busy:
+            for seen in measure_passes(_CPU, _SIDES, _NUMEL, rounds=1, agree=self._agree):
+                self._passes.setdefault((seen.name, seen.side), []).append(seen)
+            for (recipe, source), samples in zip(self._stacks, self._engines, strict=True):
+                matrices = source.clone()
+                self._agree(0.0)
+                start = time.perf_counter()
+                orthogonalize_(matrices, recipe, eps=1e-7, dtype=torch.bfloat16)
+                samples.append((time.perf_counter() - start) / len(source))
+        dist.barrier()
+
+    def found(self) -> tuple[CostTable, Transport]:
+        """What was found so far, of all ranks: a fit to the median of each case; the same on every rank."""
+        mine = (self._engines, self._passes) if self._ranks.rank in self._busy else None
+        theirs = [each for each in self._ranks.gather(mine) if each is not None]
+        engines = []
+        for index, (shape, (recipe, _)) in enumerate(zip(_SHAPES, self._stacks, strict=True)):
+            median = statistics.median(seconds for samples, _ in theirs for seconds in samples[index])
+            engines.append(Timing(_ENGINE, *shape, recipe.big, recipe.small, recipe.batched, median, 0.0))
+        passes = {
+            name: fit_pass(
+                [_middle([timing for _, found in theirs for timing in found[name, side]]) for side in _SIDES]
             )
-            for part in self.optimizer._binding.parts
-        ]
+            for name in PASSES
+        }
+        link = self._link()
+        speeds = Speeds(link, link, **passes)
+        longer = statistics.median(self._meanwhile) - statistics.median(self._alone)
+        handling = longer / (2 * self._bytes)
+        table = CostTable("cpu-float32", "measured", ((_ENGINE, fit(engines)),), speeds)
+        return self._ranks.gather((table, replace(GLOO, handling=max(0.0, handling))))[0]
+
+    def _link(self) -> Link:
+        return fit_link([_middle(timings) for timings in self._links.values()])
+
+    def _compute(self, samples: list[float], nbytes: int) -> None:
+        """Time products while so many bytes leave this rank and reach it; they have moved before the products end."""
+        count = self._ranks.size
+        shares = [0 if rank == self._ranks.rank else nbytes // (count - 1) for rank in range(count)]
+        send, receive = torch.ones(2, sum(shares), dtype=torch.uint8)
+        dist.barrier()
+        work = dist.all_to_all_single(receive, send, shares, shares, async_op=True) if nbytes else None
+        start = time.perf_counter()
+        for _ in range(50):
+            torch.mm(self._square, self._square)
+        elapsed = time.perf_counter() - start
+        if work is not None:
+            work.wait()
+        samples.append(self._ranks.agree(elapsed))
+
+    def _agree(self, number: float) -> float:
+        box = torch.tensor([number], dtype=torch.float64)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
+        return float(box)
+
+
+def _middle(timings: Sequence[Any]) -> Any:
+    return replace(timings[0], seconds=statistics.median(timing.seconds for timing in timings))
 
 
 def main(rank: int, request: Request) -> None:
     """Measure everything on one of several processes."""
     torch.set_num_threads(request.threads)
-    store = dist.FileStore(str(pathlib.Path(request.folder, "store")), request.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=request.ranks, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{request.folder}/rendezvous",
+        rank=rank,
+        world_size=request.ranks,
+        timeout=timedelta(seconds=120),
+    )
     try:
         rows = _measure(rank, request)
         if rank == 0:
@@ -165,79 +308,54 @@ def main(rank: int, request: Request) -> None:
 
 
 def _measure(rank: int, request: Request) -> list[Row]:
-    table = CostTable.load(pathlib.Path(request.folder, "table.json"))
-    assert table.speeds is not None
     count = request.ranks
-    nodes = (tuple(range(count)),) if request.link is None else ((0,), (1,))
-    ranks = Ranks(rank, nodes, _CPU)
-    timings = measure_links(ranks, _SIZES if request.link is None else _SLOW_SIZES, rounds=9, limit_s=10.0)
-    link = fit_link(timings)
-    speeds = replace(table.speeds, local=link, remote=link)
-    table = replace(table, speeds=speeds)
+    # one node or several, collectives are measured between all
+    ranks = Ranks(rank, (tuple(range(count)),), _CPU)
+    probes = Probes(ranks, _SIZES if request.link is None else _SLOW_SIZES)
+    probes.round(links=True)
+    table, _ = probes.found()
     mesh = init_device_mesh("cpu", (count,))
-    transport = replace(GLOO, handling=_handling())
     models = {name: Model(CASES[name], mesh, table) for name in request.cases}
     tiny = Model(Case("FSDP2", (((16, 16),) * 8,)), mesh, table)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    phases: dict[str, list[float]] = {name: [] for name in models}
     startups = []
-    for model in [*models.values(), tiny]:
-        for _ in range(_WARM_UP):
-            model.optimizer.step()
     gc.collect()
     began = time.perf_counter()
     for number in range(request.rounds):
+        probes.round(links=request.link is None or number % 3 == 0)
         startups.append(_sample(tiny.optimizer.step)[0])
         for name, model in models.items():
             samples[name].append(_sample(model.optimizer.step))
+            phases[name].append(ranks.agree(model.optimizer.last_step_stats()["optim/ns_ms"] / 1e3))
         if number > 1 and ranks.agree(time.perf_counter() - began) > request.limit_s:
             break
+    table, transport = probes.found()
+    assert table.speeds is not None
     cores = len(os.sched_getaffinity(0))
     found = []
     for name, model in models.items():
         seconds = [sample[0] for sample in samples[name]]
-        lines = model.predict(speeds, max(1.0, count / cores), 0.0, transport)
+        line = model.predict(table, max(1.0, count / cores), 0.0, transport)
         found.append(
             Row(
                 ranks=count,
                 link=request.link,
-                links=_words(speeds, transport, statistics.median(startups)),
+                links=_words(table.speeds, transport, statistics.median(startups)),
                 case=name,
                 layout=CASES[name].layout,
                 median=statistics.median(seconds),
                 fastest=min(seconds),
                 slowest=max(seconds),
                 others=statistics.median(others / (elapsed * cores) for elapsed, others in samples[name]),
-                predicted=sum(line.seconds for line in lines),
-                ns=sum(max(line.ns.values()) for line in lines),
-                waiting=sum(max(line.waiting.values()) for line in lines),
+                predicted=line.seconds,
+                ns=max(line.ns.values()),
+                waiting=max(line.waiting.values()),
+                measured_ns=statistics.median(phases[name]),
                 phases=model.optimizer.last_step_stats(),
             )
         )
     return found
-
-
-def _handling() -> float:
-    """Seconds that a byte which travels keeps a rank from computing, sent and received bytes counted alike."""
-    square = torch.randn(384, 384)
-    send, receive = torch.ones(2, 1 << 22, dtype=torch.bfloat16)
-    shares = [len(part) for part in send.tensor_split(dist.get_world_size())]
-
-    def compute() -> None:
-        for _ in range(60):
-            square @ square
-
-    def both() -> None:
-        work = dist.all_to_all_single(receive, send, shares, shares, async_op=True)
-        compute()
-        work.wait()
-
-    own = shares[dist.get_rank()]
-    nbytes = 2 * 2 * (len(send) - own)
-    alone, busy = [], []
-    for _ in range(7):
-        alone.append(_sample(compute)[0])
-        busy.append(_sample(both)[0])
-    return max(0.0, statistics.median(busy) - statistics.median(alone)) / nbytes
 
 
 def _sample(function: Callable[[], object]) -> tuple[float, float]:

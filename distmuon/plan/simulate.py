@@ -113,7 +113,7 @@ class _Run:
     ) -> None:
         ranks = len(plan.ranks)
         self._plan, self._itemsize, self._transport = plan, itemsize, transport
-        self._links = (Lanes(speeds.local, ranks), Lanes(speeds.remote, ranks))
+        self._links = tuple(Lanes(link, ranks, transport.duty) for link in (speeds.local, speeds.remote))
         self._wanted = [rank in wanted for rank in plan.ranks]
         self._spans: list[Span] = []
         self._exchanges: list[Exchange] = []

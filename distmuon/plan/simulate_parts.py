@@ -14,12 +14,14 @@ class Lanes:
 
     Attributes:
         link: Their speed.
-        out: When what leaves each rank is through.
-        into: When what reaches each rank is through.
+        duty: Share of an exchange's time for which it fills them.
+        out: When each rank's is free for what leaves next.
+        into: When each rank's is free for what arrives next.
     """
 
-    def __init__(self, link: Link, ranks: int) -> None:
+    def __init__(self, link: Link, ranks: int, duty: float) -> None:
         self.link = link
+        self.duty = duty
         self.out = [0.0] * ranks
         self.into = [0.0] * ranks
 
@@ -71,7 +73,11 @@ class Exchange:
         self.begun = [0.0] * ranks
         self.done = [0.0] * ranks
         self._lanes = lanes
-        self._seconds = [lane.link.exchange if leg.gathered is None else lane.link.gather for lane in lanes]
+        links = [lane.link for lane in lanes]
+        if leg.gathered is None:
+            self._prices = [(link.latency, link.exchange) for link in links]
+        else:
+            self._prices = [(link.latency + link.gather_extra, link.gather) for link in links]
         self._groups = leg.groups
         self._sends: list[list[int]] = [[] for _ in range(ranks)]
         self._takes: list[list[int]] = [[] for _ in range(ranks)]
@@ -128,10 +134,11 @@ class Exchange:
         sends = self._sends[place]
         start = max(self.begun[place], min((self._targets[index].beside(place) for index in sends), default=0.0))
         end = self.begun[place]
-        for lane, sent, seconds in zip(self._lanes, self.sent, self._seconds, strict=True):
+        for lane, sent, (latency, seconds) in zip(self._lanes, self.sent, self._prices, strict=True):
             if sent[place]:
-                lane.out[place] = max(start, lane.out[place]) + lane.link.latency + seconds * sent[place]
-                end = max(end, lane.out[place])
+                first, whole = max(start, lane.out[place]), latency + seconds * sent[place]
+                lane.out[place] = first + lane.duty * whole
+                end = max(end, first + whole)
         self.done[place] = max([end, *(self._last[index] for index in sends)])
         for index in sends:
             self._left[index] = max(self._left[index], end)
@@ -149,10 +156,11 @@ class Exchange:
         takes = self._takes[place]
         start = max(self.begun[place], min((self._sources[index].beside(place) for index in takes), default=0.0))
         end = max([self.done[place], self._met, *(self._left[index] for index in takes)])
-        for lane, received, seconds in zip(self._lanes, self.received, self._seconds, strict=True):
+        for lane, received, (latency, seconds) in zip(self._lanes, self.received, self._prices, strict=True):
             if received[place]:
-                lane.into[place] = max(start, lane.into[place]) + lane.link.latency + seconds * received[place]
-                end = max(end, lane.into[place])
+                first, whole = max(start, lane.into[place]), latency + seconds * received[place]
+                lane.into[place] = first + lane.duty * whole
+                end = max(end, first + whole)
         self.done[place] = end
         done.append(place)
 

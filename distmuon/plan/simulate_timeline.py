@@ -52,23 +52,29 @@ class Transport:
         at_once: Exchanges that a rank has under way at a time; later ones wait in their order.
         joint: Whether an exchange is complete only after all ranks have begun it, even those with nothing to send.
         handling: Seconds that a byte sent or received keeps a rank from computing, as where a CPU moves it.
+        duty: Share of an exchange's time for which it fills its links; below 1 those under way at a time take less
+            than their sum.
     """
 
     all_gather: bool = True
     at_once: int = 1
     joint: bool = False
     handling: float = 0.0
+    duty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.at_once < 1:
             raise ValueError(f"at_once={self.at_once}: at least one exchange is under way at a time.")
         if not 0.0 <= self.handling < float("inf"):
             raise ValueError(f"handling={self.handling}: seconds are finite and not negative.")
+        if not 0.0 < self.duty <= 1.0:
+            raise ValueError(f"duty={self.duty}: it is more than 0 and at most 1.")
 
 
 NCCL = Transport()
-# as measured: empty messages are sent and waited for, and two threads run a group's collectives
-GLOO = Transport(all_gather=False, at_once=2, joint=True)
+# as measured: empty messages are sent and waited for, two threads run a group's collectives, and one exchange uses a
+# slow link one way at a time, two of them both ways
+GLOO = Transport(all_gather=False, at_once=2, joint=True, duty=0.5)
 
 
 @dataclass(frozen=True)
