@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distmuon.plan.packing import Counts, Packing, Rule, deal, pack, singles
 from distmuon.plan.pieces import Batch
+from distmuon.plan.search import refine
 
 # The search ends when target and bound are this close
 _CLOSE = 0.001
@@ -23,29 +25,24 @@ class _Search:
     world: int
     ranks: int
     effort: int
-    found: list[Packing]
 
     def pack(self, counts: Counts, rule: Rule) -> Packing:
         packing = pack(self.batches, counts, rule, self.world)
         self.effort -= packing.effort
         return packing
 
-    def keep(self, counts: Counts, rule: Rule) -> int:
-        """Remember a packing, and the most even one that is as short; its makespan."""
-        fitted = self.pack(counts, rule)
-        self.found.append(fitted)
-        target = fitted.makespan
+    def even(self, counts: Counts, rule: Rule, target: int) -> Iterator[Packing]:
+        """Packings as short as ``target``, ever more even ones."""
         # the later entries are small, and the more of them go to the emptiest rank, the more even is the rest
-        low, high = 0, len(fitted.placed)
-        while low < high and self.effort > 0:
+        low, high = 0, sum(map(bool, itertools.chain.from_iterable(counts)))
+        while low < high:
             middle = (low + high) // 2
             tried = self.pack(counts, replace(rule, last=middle))
-            if tried.makespan <= target * (1 + _WORTH / 2):
+            if tried.makespan <= target:
                 high = middle
-                self.found.append(tried)
+                yield tried
             else:
                 low = middle + 1
-        return target
 
     def work(self, counts: Counts) -> int:
         return sum(
@@ -109,31 +106,48 @@ def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
 
     A target is bisected: matrices that exceed it go to the smallest team that does not, and where the rest does not
     fit, more of them go to teams for as long as less is left over. Never worse than single owners by longest
-    processing time first, nor than dealing them out in turn.
+    processing time first, nor than dealing them out in turn; within half a percent of the best plan found without
+    teams, that one is taken.
 
     Args:
         batches: What is to be owned.
         world: All ranks are below this.
         ranks: Number of ranks.
     """
+    # the same search without teams first, so that they are only taken where they pay
+    bare = [replace(batch, ways=batch.ways[:1]) for batch in batches]
+    best = _shortest(bare, [pack(bare, singles(bare), Rule(0), world), deal(bare, world)], world, ranks)
+    if all(len(batch.ways) == 1 for batch in batches):
+        return best
+    teamed = _shortest(batches, [best], world, ranks)
+    return teamed if best.makespan > teamed.makespan * (1 + _WORTH) else best
+
+
+def _shortest(batches: Sequence[Batch], known: Sequence[Packing], world: int, ranks: int) -> Packing:
+    """The best packing that the search finds, or one of those known."""
     alone = singles(batches)
     pieces = sum(len(batch.pieces) for batch in batches)
-    search = _Search(batches, world, ranks, max(_EFFORT, _EFFORT_A_PIECE * pieces), [])
-    plain = [search.pack(alone, Rule(0)), deal(batches, world)]
-    search.found += plain
-    high = bar = min(packing.makespan for packing in plain)
+    search = _Search(batches, world, ranks, max(_EFFORT, _EFFORT_A_PIECE * pieces))
+    found = list(known)
+    high = bar = min(packing.makespan for packing in found)
     low = max(-(-search.work(alone) // ranks), max((batch.ways[-1].cost for batch in batches), default=0))
+    narrow = len({len(batch.ways[0].units) for batch in batches if not batch.pinned}) > 1
+    shortest: tuple[Counts, Rule] | None = None
     while high > low * (1 + _CLOSE) and search.effort > 0:
         target = (low + high) // 2
         if target in (low, high):
             break
-        for rule in (Rule(target, teams=False), Rule(target)):
+        for rule in (Rule(target, narrow=narrow, teams=False), Rule(target, narrow=narrow), Rule(target))[: 2 + narrow]:
             counts = search.reach(rule)
             if counts is not None:
-                high = min(target, search.keep(counts, rule))
+                found.append(search.pack(counts, rule))
+                shortest = counts, rule
+                high = found[-1].makespan
                 break
         else:
             low = target
-    best = min(packing.makespan for packing in search.found)
-    fair = [packing for packing in search.found if packing.makespan <= min(bar, int(best * (1 + _WORTH)))]
-    return min(fair, key=lambda packing: (packing.work, packing.most_numel, packing.makespan))
+    limit = min(bar, int(min(packing.makespan for packing in found) * (1 + _WORTH)))
+    if shortest is not None:
+        found += search.even(*shortest, limit)
+    fair = [packing for packing in found if packing.makespan <= limit]
+    return refine(batches, min(fair, key=lambda packing: (packing.work, packing.most_numel, packing.makespan)))

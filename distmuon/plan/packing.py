@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from distmuon.plan.pieces import Batch
+from distmuon.plan.pieces import Batch, Way
 
 Counts: TypeAlias = tuple[tuple[int, ...], ...]
 """For each batch, how many of its pieces are owned in each of its ways."""
@@ -64,11 +64,13 @@ class Rule:
         target: Time of a rank to stay within; 0: nothing fits.
         teams: Whether those of teams do.
         last: Only the first so many batches and ways do; None: all.
+        narrow: Whether pieces that only some ranks may own come before all that any single rank may.
     """
 
     target: int
     teams: bool = True
     last: int | None = None
+    narrow: bool = False
 
 
 def pack(batches: Sequence[Batch], counts: Counts, rule: Rule, world: int) -> Packing:
@@ -88,7 +90,8 @@ def pack(batches: Sequence[Batch], counts: Counts, rule: Rule, world: int) -> Pa
     packing = Packing({}, [0] * world, [0] * world)
     loads, numels = packing.loads, packing.numels
     entries = [(b, w) for b, row in enumerate(counts) for w, number in enumerate(row) if number]
-    entries.sort(key=lambda entry: _urgency(batches, *entry))
+    widest = max((len(batches[b].ways[w].units) for b, w in entries), default=0) if rule.narrow else 0
+    entries.sort(key=lambda entry: (*_urgency(batches[entry[0]].ways[entry[1]], widest), entry))
     for place, (b, w) in enumerate(entries):
         batch, way, left = batches[b], batches[b].ways[w], counts[b][w]
         units, cost, share = way.units, way.cost, -(-batch.numel // way.size)
@@ -133,9 +136,9 @@ def pack(batches: Sequence[Batch], counts: Counts, rule: Rule, world: int) -> Pa
     return packing
 
 
-def _urgency(batches: Sequence[Batch], b: int, w: int) -> tuple[bool, int, int, int]:
-    way = batches[b].ways[w]
-    return len(way.units) > 1, -way.size, -way.cost, b
+def _urgency(way: Way, widest: int) -> tuple[bool, int, bool, int]:
+    """By which ways are ordered; with ``widest`` those of single owners with so many units come last."""
+    return len(way.units) > 1, -way.size, len(way.units) == widest, -way.cost
 
 
 def deal(batches: Sequence[Batch], world: int) -> Packing:
