@@ -2,6 +2,7 @@
 
     python benchmarks/simulator.py --ranks 2 4
     python benchmarks/simulator.py --ranks 2 --links 1gbit 0.2gbit
+    python benchmarks/simulator.py --ranks 2 --only 4096 --rounds 5    # a team where one matrix dominates
     python benchmarks/simulator.py --ranks 2 --only mix --json simulator.json
 
 Rounds A B C A B C: in each the ranks time the parts of a step as ``distmuon calibrate`` does (engines and passes on as
@@ -65,7 +66,11 @@ def measured(ranks: int, link: str | None, args: argparse.Namespace) -> list[Row
     Raises:
         LinksError: if the machine has no such links.
     """
-    cases = tuple(name for name in CASES if not args.only or any(word in name for word in args.only))
+    cases = tuple(
+        name
+        for name, case in CASES.items()
+        if (any(word in name for word in args.only) if args.only else not case.large)
+    )
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         places = stack.enter_context(namespaces(ranks, link)) if link else [[] for _ in range(ranks)]
         request = Request(ranks, link, args.threads, cases, args.rounds, args.limit, folder)
