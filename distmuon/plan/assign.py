@@ -52,7 +52,7 @@ def assign(specs: Sequence[ParameterSpec], *, most_numel: int, nodes: Nodes) -> 
     """Give every matrix an owner, or a team of them.
 
     Three costs count, in this order: time to orthogonalize (the makespan, :func:`~distmuon.plan.molds.mold`; what is
-    within half a percent of the best counts as equal, so teams must bring more than that), the elements that the rank
+    within half a percent of the best counts as equal, and teams must bring two percent), the elements that the rank
     owns that owns most, which arrive over its links and fill its memory, and the elements that cross nodes
     (:class:`~distmuon.plan.homes.Homes`). A matrix that some ranks store whole is owned by one of them, so it needs no
     gathering, unless a team shortens the makespan. A pure function of its arguments.

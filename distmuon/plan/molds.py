@@ -12,8 +12,10 @@ from distmuon.plan.search import refine
 
 # The search ends when target and bound are this close
 _CLOSE = 0.001
-# Teams, or another packing, must shorten the makespan by more than this: a plan with less work is worth as much
+# Another packing must shorten the makespan by more than this: a plan with less work is worth as much
 _WORTH = 0.005
+# And teams by more than this, since predictions are no better
+_TEAMS_WORTH = 0.02
 # Units looked at and pieces put down in all: a count, so that every rank stops at the same place
 _EFFORT = 300_000
 _EFFORT_A_PIECE = 20
@@ -106,7 +108,7 @@ def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
 
     A target is bisected: matrices that exceed it go to the smallest team that does not, and where the rest does not
     fit, more of them go to teams for as long as less is left over. Never worse than single owners by longest
-    processing time first, nor than dealing them out in turn; within half a percent of the best plan found without
+    processing time first, nor than dealing them out in turn; within two percent of the best plan found without
     teams, that one is taken.
 
     Args:
@@ -120,7 +122,7 @@ def mold(batches: Sequence[Batch], *, world: int, ranks: int) -> Packing:
     if all(len(batch.ways) == 1 for batch in batches):
         return best
     teamed = _shortest(batches, [best], world, ranks)
-    return teamed if best.makespan > teamed.makespan * (1 + _WORTH) else best
+    return teamed if best.makespan > teamed.makespan * (1 + _TEAMS_WORTH) else best
 
 
 def _shortest(batches: Sequence[Batch], known: Sequence[Packing], world: int, ranks: int) -> Packing:
