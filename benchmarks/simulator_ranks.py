@@ -58,9 +58,9 @@ _SHAPES = (
 _SIDES = (128, 256, 512)
 _NUMEL = 1 << 23
 _WARM_UP = 2
-# Bytes that leave a rank in one collective, about those of a bucket
+# Bytes that leave a rank in one collective, about those of a step; buffers of sockets flatter slow links below
 _SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
-_SLOW_SIZES = (1 << 20, 1 << 22)
+_SLOW_SIZES = (1 << 21, 1 << 23)
 # Most bytes whose handling is timed, and about the seconds that they may travel
 _TRAVELS, _TRAVEL_S = 1 << 23, 0.08
 
@@ -374,7 +374,7 @@ def _sample(function: Callable[[], object]) -> tuple[float, float]:
 
 def _words(speeds: Speeds, transport: Transport, tiny: float) -> str:
     link = speeds.local
-    rates = ", ".join(f"{name} {1e-9 / getattr(link, name):.2f} GB/s" for name in ("exchange", "reduce", "gather"))
+    rates = ", ".join(f"{name} {1e-9 / getattr(link, name):.3f} GB/s" for name in ("exchange", "reduce", "gather"))
     more = f"latency {1e3 * link.latency:.2f} ms, handling {1e9 * transport.handling:.2f} ns a byte"
     return f"{rates}, {more}, a step of 8 tiny matrices {1e3 * tiny:.1f} ms"
 
