@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -129,7 +130,7 @@ def timed(specs: list[ParameterSpec], world: int) -> Timed:
         clock.append(time.perf_counter())
         work()
     clock.append(time.perf_counter())
-    seconds, digest, ahead = (b - a for a, b in zip(clock, clock[1:], strict=False))
+    seconds, digest, ahead = (b - a for a, b in itertools.pairwise(clock))
     return Timed(plan, seconds, digest, ahead)
 
 
@@ -139,7 +140,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 256, 1024, 4096])
     options = parser.parse_args()
-    print("model       ranks  teams  plan s  digest s  schedule s  buckets  ideal ms  makespan/ideal  work/ideal  teams")
+    print(
+        "model       ranks  teams  plan s  digest s  schedule s  buckets  ideal ms  makespan/ideal  work/ideal  owned by"
+    )
     for model in options.models:
         for world in options.ranks:
             specs = parameters(model, world)
