@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 256, 1024, 4096])
     options = parser.parse_args()
     print(
-        "model       ranks  teams  plan s  digest s  schedule s  buckets  ideal ms  makespan/ideal  work/ideal  owned by"
+        "model      ranks  teams  plan s  digest s  schedule s  buckets  ideal ms  makespan/ideal  work/ideal  teams of"
     )
     for model in options.models:
         for world in options.ranks:
@@ -157,7 +157,7 @@ def main() -> None:
                         if bucket.parts > 1 and assignment.part == 0:
                             sizes[bucket.parts] = sizes.get(bucket.parts, 0) + assignment.count
                 print(
-                    f"{model:10s} {world:6d}  {'yes' if with_teams else 'no':5s}  {found.seconds:6.2f}  "
+                    f"{model:10s} {world:5d}  {'yes' if with_teams else 'no':5s}  {found.seconds:6.2f}  "
                     f"{found.digest:8.2f}  {found.schedule:10.2f}  {len(found.plan.buckets):7d}  {ideal / 1e6:8.2f}  "
                     f"{max(loads) / ideal:14.3f}  {sum(loads) / world / ideal:10.3f}  "
                     + ", ".join(f"{number} on {size}" for size, number in sorted(sizes.items())),
