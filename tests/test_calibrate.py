@@ -157,9 +157,19 @@ def test_the_fastest_round_counts_and_the_spread_is_told(clock):
 
 
 def test_rounds_end_at_the_limit(clock):
-    measure.measure([(400, 400), (500, 500)], ("composed",), device=ON_CPU, rounds=9, limit_s=5.0)
-    # 2 s to warm up, and rounds of 2 s begin at 2 and 4
+    measure.measure([(400, 400), (500, 500)], ("composed",), device=ON_CPU, rounds=9, limit_s=7.0)
+    # 2 s to warm up, and rounds of 2 s begin at 2 and 4: one at 6 would end at 8
     assert clock.calls == 6
+
+
+def test_a_burst_does_not_hit_one_engine_alone(clock):
+    """After the first, two calls of every round take ten times as long; they are of one shape, on both engines."""
+    clock.seconds = lambda shape, call: 10.0 if call > 6 and call % 6 in (1, 2) else 1.0
+    shapes = [(400, 400), (500, 500), (600, 600)]
+    found = measure.measure(shapes, ("gram", "composed"), device=ON_CPU, rounds=3, limit_s=1000.0)
+    longest = max(timing.seconds for timing in found)
+    slow = [(timing.engine, timing.shape) for timing in found if timing.seconds == longest]
+    assert slow == [("gram", (400, 400)), ("composed", (400, 400))]
 
 
 def test_what_would_take_too_long_is_left_out_and_told(clock):
@@ -266,6 +276,11 @@ def test_the_report_says_what_the_table_loses():
     assert "80 x 80*" in lines[3] and "70 x 70 " in lines[2]
     assert "What auto chooses by this table takes at most 50% longer than the fastest." in lines
     assert lines[-1].startswith("Times differed by 50% between rounds")
+    # one engine is enough, and a single round tells nothing
+    calm = [dataclasses.replace(t, spread=0.5 if t.engine == "gram" else 0.01) for t in timings]
+    assert "Times differed by 50% between rounds" in report(calm, [(80, 80)], table, found, ON_CPU)
+    once = [dataclasses.replace(t, spread=0.0) for t in timings]
+    assert "Time was up after one round" in report(once, [(80, 80)], table, found, ON_CPU)
 
 
 def test_help(capsys):

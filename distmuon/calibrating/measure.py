@@ -95,7 +95,8 @@ def measure(
         device: Where.
         dtype: What matrices are rounded to.
         rounds: Samples of each case, after a first that does not count.
-        limit_s: No round is begun later than this many seconds after the start; one always is.
+        limit_s: No round is begun that would, by the time of the slowest so far, end later than this many seconds after
+            the start; one always is.
         longest_s: A case that would take more seconds than this, going by smaller ones, is left out.
         say: Called with a line for each case that is left out.
         agree: The largest number of all ranks that measure at the same time, once all are here; each case then has
@@ -106,13 +107,18 @@ def measure(
     """
     started = time.perf_counter()
     cases = [case for engine in engines for case in _warm(engine, shapes, device, dtype, longest_s, say, agree)]
+    order = {shape: number for number, shape in enumerate(shapes)}
+    # engine after engine on each shape, so that a burst of others' work does not hit one engine alone
+    cases.sort(key=lambda case: order[case.shape])
+    slowest = 0.0
     for attempt in range(rounds):
-        if attempt and agree(time.perf_counter() - started) > limit_s:
+        begun = time.perf_counter()
+        if attempt and agree(begun - started + slowest) > limit_s:
             break
         for case in cases:
             agree(0.0)
             case.samples.append(_sample(case, device, dtype))
-    order = {shape: number for number, shape in enumerate(shapes)}
+        slowest = max(slowest, time.perf_counter() - begun)
     cases.sort(key=lambda case: (engines.index(case.engine), order[case.shape]))
     return [_timing(case) for case in cases]
 

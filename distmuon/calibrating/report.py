@@ -16,7 +16,7 @@ from distmuon.calibrating.shapes import Shape
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Request, choose
 
-# Median rounds this much slower than the fastest ones tell of other work on the machine
+# Median rounds of an engine this much slower than its fastest ones tell of other work on the machine
 _RESTLESS = 0.25
 
 
@@ -51,7 +51,10 @@ def report(
     lines += [f"{e:>12}: {x.median:.0%} at the median, {x.worst:.0%} at worst ({x.shapes})" for e, x in found.items()]
     if losses and len(engines) > 1:
         lines += ["", f"What auto chooses by this table takes at most {max(losses):.0%} longer than the fastest."]
-    spread = statistics.median(timing.spread for timing in timings)
+    # a burst may have hit one engine alone
+    spread = max(statistics.median(t.spread for t in timings if t.engine == engine) for engine in engines)
+    if not any(timing.spread for timing in timings):
+        lines.append("Time was up after one round, so nothing tells whether others disturbed it: run this again.")
     if spread > _RESTLESS:
         lines.append(f"Times differed by {spread:.0%} between rounds: run this again when the machine is idle.")
     return "\n".join(lines)
