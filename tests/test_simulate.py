@@ -56,7 +56,7 @@ def a_plan(owners, costs, *, ranks=(0, 1), shape=(4, 4), held=rows_of, nodes=Non
         whole = len(ranks) > 1 and held is everywhere
         several = len(ranks) > 1
         returns = len(members) * shape[0] * shape[1] // (1 if whole else len(ranks))
-        buckets.append(Bucket(*shape, 1, tuple(assignments), several and not whole, several, whole, returns, 16))
+        buckets.append(Bucket(*shape, 1, tuple(assignments), several and not whole, several, whole, returns, ()))
     return Plan(tuple(ranks), tuple(specs), tuple(buckets), nodes or (tuple(ranks),), each_alone(buckets))
 
 
@@ -167,8 +167,8 @@ def test_a_team_meets_before_it_computes():
     ]
     slabs = tuple(Assignment(1, 0, 1, owner, part, 2) for part, owner in enumerate((0, 1)))
     buckets = (
-        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False, 12, 16),
-        Bucket(4, 12, 2, slabs, True, True, False, 24, 16),
+        Bucket(6, 6, 1, (Assignment(0, 0, 1, 0),), True, True, False, 12, ()),
+        Bucket(4, 12, 2, slabs, True, True, False, 24, ()),
     )
     plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     found = simulate(plan, Speeds(SLOW, SLOW), itemsize=1, schedule=Schedule((2, 2), (0, 0)), spans=True)
@@ -216,8 +216,8 @@ def test_who_sends_nothing_is_waited_for_where_the_backend_does(joint, waiting):
         ParameterSpec(matrix_spec("v", (4, 4), flatten=False), (4, 4), rows_of((4, 4), (0, 1)), cost=second(1.0)),
     ]
     buckets = (
-        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False, 16, 16),
-        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False, 8, 16),
+        Bucket(4, 4, 1, (Assignment(0, 0, 1, 2),), False, False, False, 16, ()),
+        Bucket(4, 4, 1, (Assignment(1, 0, 1, 0),), True, True, False, 8, ()),
     )
     plan = Plan(ranks, tuple(specs), buckets, (ranks,), each_alone(buckets))
     order = Schedule((1, 2), (0, 0))
@@ -253,7 +253,7 @@ def test_replicated_updates_come_back_by_all_gather_or_all_to_all():
     assert gathered.seconds == 1 + 16 + 480
     # a node takes what is not its own once, over the links of its ranks together
     apart = dataclasses.replace(plan, nodes=((0, 1), (2, 3)))
-    assert simulate(apart, speeds, itemsize=1).bytes[0] == Traffic(48, 48, 16, 16)
+    assert simulate(apart, speeds, itemsize=1).bytes[0] == Traffic(32, 32, 16, 16)
 
 
 def test_ranks_share_cores_while_they_compute():

@@ -24,7 +24,7 @@ class Bucket:
         scatters: Whether any update has to be moved from its owner.
         replicated: Whether every rank of the plan stores all of it.
         returns: Elements of updates that come back to a rank, at most.
-        sends: Elements of updates that leave an owner, at most: a copy for each replica.
+        sends: By owner: elements of updates that leave it, a copy for each replica.
     """
 
     rows: int
@@ -35,7 +35,7 @@ class Bucket:
     scatters: bool
     replicated: bool
     returns: int
-    sends: int
+    sends: tuple[tuple[int, int], ...]
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -130,5 +130,5 @@ def _bucket(
         for rank, numel in shares.by_rank.items():
             stored[rank] += count * numel
     returns = max((numel - kept[rank] for rank, numel in stored.items()), default=0)
-    most = max(sends.values(), default=0)
-    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, most)
+    leaving = tuple(sorted(sends.items()))
+    return Bucket(rows, cols, parts, tuple(members), gathers, scatters, replicated, returns, leaving)

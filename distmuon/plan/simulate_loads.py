@@ -312,7 +312,7 @@ class _World:
         for members in self._members:
             for member in members:
                 far[member] = -(-share * (ranks - len(members)) // len(members))
-                near[member] = share * (ranks - 1) - (far[member] if len(members) == 1 else 0)
+                near[member] = share * (ranks - 1) - far[member]
         everyone = tuple(range(ranks))
         return LegLoad((near, far), (near, far), (Group(everyone, everyone),), share)
 

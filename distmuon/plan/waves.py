@@ -64,8 +64,7 @@ class Wave:
     @property
     def sends(self) -> int:
         """Elements of updates that leave an owner, at most."""
-        # owners of several buckets of a wave are rare
-        return max(bucket.sends for bucket in self.buckets)
+        return _most_sent(self.buckets)
 
     def owned_numel(self) -> Counter[int]:
         """Elements by owner."""
@@ -113,5 +112,12 @@ def _legs(members: Sequence[Bucket], bucket_numel: int) -> int:
         return 1
     # no more than there are rows, or columns, to send
     most = min(max(bucket.rows, bucket.cols) for bucket in members)
-    numel = max(sum(bucket.returns for bucket in members), *(bucket.sends for bucket in members))
+    numel = max(sum(bucket.returns for bucket in members), _most_sent(members))
     return min(most, -(-numel // (_AT_ONCE * bucket_numel)))
+
+
+def _most_sent(members: Sequence[Bucket]) -> int:
+    sent: Counter[int] = Counter()
+    for bucket in members:
+        sent.update(dict(bucket.sends))
+    return max(sent.values(), default=0)
