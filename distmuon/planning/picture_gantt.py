@@ -109,8 +109,10 @@ def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> Non
     waits = [s for s in prediction.spans if s.rank == busiest.rank and s.kind == "wait"]
     if waits and prediction.exposed > EXPOSED * prediction.seconds:
         wait = max(waits, key=lambda span: span.end - span.start)
-        bucket = prediction.plan.buckets[wait.bucket]
-        text = f"waits {ms(wait.end - wait.start)} ms for bucket {wait.bucket + 1} ({bucket.rows} x {bucket.cols})"
+        # before it has orthogonalized anything of a wave a rank waits for its gather, then for updates
+        done = min((span.start for span in spans if span.bucket >= wait.bucket), default=0.0)
+        what = "matrices to gather" if wait.start < done else "updates"
+        text = f"waits {ms(wait.end - wait.start)} ms for {what}"
         middle = 500 * (wait.start + wait.end)
         axes.annotate(
             text,

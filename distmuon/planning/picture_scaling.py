@@ -11,8 +11,8 @@ from distmuon.planning.figures import Prediction
 
 _LINES = (
     ("round_robin", "round robin (dion)", "#bab0ac", "s"),
-    ("single", "single owners, largest first", "#4c78a8", "o"),
-    ("planned", "this plan, with teams", "#e45756", "D"),
+    ("single", "single owners, longest first", "#4c78a8", "o"),
+    ("planned", "this plan", "#e45756", "D"),
 )
 
 
@@ -26,12 +26,14 @@ def draw_scaling(axes: Axes, prediction: Prediction, scaling: Sequence[Scaling])
     """
     ranks = [point.ranks for point in scaling]
     for key, label, color, marker in _LINES:
+        if key == "planned" and prediction.setup.teams:
+            label += ", with teams"
         axes.plot(ranks, [getattr(point, key) for point in scaling], marker=marker, color=color, label=label)
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
     world = len(prediction.ranks)
     axes.axvline(world, color="black", linestyle=":", linewidth=1)
     side = "right" if world == ranks[-1] else "left"
-    axes.text(world, 0.02, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
+    axes.text(world, 0.6, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [f"{rank}" for rank in ranks], minor=False)

@@ -67,7 +67,9 @@ def predict(setup: Setup, *, tokens_per_gpu: int = 8192, spans: bool | Sequence[
         spans: Whether to note what each rank does when, or of which ranks.
     """
     found = makespan(setup)
-    timeline = simulate(found.plan, setup.device.speeds, itemsize=setup.itemsize, spans=spans)
+    timeline = simulate(
+        found.plan, setup.device.speeds, itemsize=setup.itemsize, spans=spans, transport=setup.transport
+    )
     flops = _FLOPS_PER_PARAMETER * setup.model.active * tokens_per_gpu
     return Prediction(
         setup=setup,
@@ -85,7 +87,7 @@ def predict(setup: Setup, *, tokens_per_gpu: int = 8192, spans: bool | Sequence[
 
 def _ranks(setup: Setup, plan: Plan, timeline: Timeline) -> tuple[RankFigures, ...]:
     owned = owned_by(plan)
-    held = memory(plan)
+    held = memory(plan, all_gather=setup.transport.all_gather)
     states = states_of(setup.model, setup.layout)
     found = []
     for rank in plan.ranks:

@@ -22,7 +22,7 @@ def show(prediction: Prediction, advice: Advice | None, *, tokens_per_gpu: int, 
     """Print everything about one step."""
     console.print(Text(headline(prediction)))
     console.print(Text(f"cost table: {prediction.setup.device.table.source}"), "")
-    console.print(_class_table(prediction))
+    console.print(*_class_tables(prediction), sep="\n")
     console.print(_step_table(prediction, tokens_per_gpu))
     console.print(_rival_table(prediction))
     if advice is not None:
@@ -31,29 +31,32 @@ def show(prediction: Prediction, advice: Advice | None, *, tokens_per_gpu: int, 
 
 def show_comparison(rows: Sequence[Prediction | str], console: Console) -> None:
     """Print a row for each layout and number of nodes; text stands for a plan that does not fit."""
-    table = _table("Layouts and world sizes", "layout", "ranks", "teams", "step ms", "NS ms", "over ideal")
-    for title in ("over bound", "round robin", "exposed ms", "share of training", "states GiB", "buffers MiB"):
-        table.add_column(title, justify="right")
+    figures = _table("Layouts and world sizes", "layout", "ranks", "teams", "step ms", "NS ms", "over ideal", "dion")
+    rest = _table("", "layout", "ranks", "over bound", "exposed ms", "of training", "states GiB", "buffers MiB")
     unfit = []
     for row in rows:
         if isinstance(row, str):
             unfit.append(row)
             continue
-        table.add_row(
-            str(row.setup.layout),
-            str(row.setup.layout.world),
+        who = str(row.setup.layout), str(row.setup.layout.world)
+        figures.add_row(
+            *who,
             teams_text(row),
             _ms(row.seconds),
             _ms(row.makespan),
             f"{row.over_ideal:.2f}",
-            f"{row.over_bound:.2f}",
             f"{row.rivals[0].makespan / row.ideal:.2f}",
+        )
+        rest.add_row(
+            *who,
+            f"{row.over_bound:.2f}",
             _ms(row.exposed),
             f"{row.share:.1%}",
             f"{max(r.states.total for r in row.ranks) / 2**30:.1f}",
             f"{max(r.buffers for r in row.ranks) / 2**20:.0f}",
         )
-    console.print(table)
+    console.print(figures)
+    console.print(rest)
     for reason in unfit:
         console.print(Text(f"left out: {reason}"))
 
@@ -77,32 +80,33 @@ def teams_text(prediction: Prediction) -> str:
     return ", ".join(found) or "none"
 
 
-def _class_table(prediction: Prediction) -> Table:
-    table = _table("Ranks by what they own, busiest first; MiB in the node + between nodes", "ranks", "whole", "team")
-    for title in ("NS\nms", "waits\nms", "done\nms", "out\nMiB", "in\nMiB", "buffers\nMiB", "moment.\nMiB"):
-        table.add_column(title, justify="right")
+def _class_tables(prediction: Prediction) -> tuple[Table, Table]:
+    """What ranks of each class do, and what they move and hold: two tables, as one would not fit a terminal."""
+    times = _table(
+        "Ranks by what they own, busiest first", "ranks", "whole matrices", "in teams", "NS ms", "waits ms", "done ms"
+    )
+    title = "What they move, in the node + between nodes, and hold; MiB"
+    moved = _table(title, "ranks", "out", "in", "buffers", "momentum")
     found = classes(prediction.ranks)
     for these in _some(found):
         if these is None:
-            table.add_row(f"... {len(found) - _MOST_CLASSES} more")
+            for table in (times, moved):
+                table.add_row(f"... {len(found) - _MOST_CLASSES} more")
             continue
         first = these.members[0]
         traffic = [
             tuple(max(getattr(member, way)[far] for member in these.members) for far in (0, 1))
             for way in ("sent", "received")
         ]
-        table.add_row(
+        seconds = [_ms(these.worst(key)) for key in ("ns", "waiting", "finish")]
+        times.add_row(these.label(), str(first.whole), str(first.shared), *seconds)
+        moved.add_row(
             these.label(),
-            str(first.whole),
-            str(first.shared),
-            _ms(these.worst("ns")),
-            _ms(these.worst("waiting")),
-            _ms(these.worst("finish")),
             *(f"{_mib(near)} + {_mib(far)}" for near, far in traffic),
             _mib(these.worst("buffers")),
             _mib(max(m.states.momentum for m in these.members)),
         )
-    return table
+    return times, moved
 
 
 def _some(found: Sequence[RankClass]) -> Iterator[RankClass | None]:

@@ -104,7 +104,7 @@ def read_setup(known: argparse.Namespace) -> Setup:
     dtype = optim.get("ns_dtype", torch.bfloat16) if known.dtype is None else getattr(torch, known.dtype)
     device = find_device(
         known.device,
-        cost_table=known.cost_table,
+        cost_table=known.cost_table or optim.get("cost_table"),
         dtype=dtype,
         tflops=known.tflops,
         local_gb_s=known.local_gb_s,
@@ -117,7 +117,7 @@ def read_setup(known: argparse.Namespace) -> Setup:
         device,
         request=_request(known.engine or optim.get("ns_engine", "auto"), dtype, optim),
         bucket_mib=known.bucket_mib,
-        teams=not known.no_teams,
+        teams=not known.no_teams and optim.get("teams", True),
     )
 
 

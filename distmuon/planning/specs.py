@@ -9,6 +9,7 @@ import torch
 from distmuon.costing import owner_cost, team_costs
 from distmuon.numerics.recipe import Request
 from distmuon.plan.parameters import ParameterSpec
+from distmuon.plan.simulate import GLOO, NCCL, Transport
 from distmuon.planning.devices import Device
 from distmuon.planning.layouts import Layout, holder
 from distmuon.planning.models import Model
@@ -45,6 +46,11 @@ class Setup:
     def itemsize(self) -> int:
         """Bytes of an element that travels."""
         return self.request.dtype.itemsize
+
+    @property
+    def transport(self) -> Transport:
+        """How collectives are run: by gloo between CPUs, else as NCCL does."""
+        return GLOO if self.device.torch_device.type == "cpu" else NCCL
 
     def but(self, **changes: object) -> Setup:
         """A copy with other values."""

@@ -25,6 +25,8 @@ def title(prediction: Prediction, width: int = 125) -> str:
 def bottleneck(prediction: Prediction) -> str:
     """Which rank has most to do."""
     busiest = prediction.busiest
+    if prediction.exposed > prediction.makespan:
+        return _moving(prediction)
     if prediction.even:
         share = f"{busiest.ns / prediction.ideal:.2f} times an even share"
         return f"All ranks are busy for {ms(busiest.ns)} ms, {share}: rank {busiest.rank} with {work(busiest)}."
@@ -33,6 +35,23 @@ def bottleneck(prediction: Prediction) -> str:
     return (
         f"{ranks} is the bottleneck: it orthogonalizes {work(busiest)} for {ms(busiest.ns)} ms, "
         f"{busiest.ns / prediction.ideal:.2f} times an even share."
+    )
+
+
+def _moving(p: Prediction) -> str:
+    """Which rank moves most, where that takes longer than orthogonalization."""
+    if p.links < 0.25 * p.exposed:
+        return (
+            f"Passes over memory and waiting take most of it, {ms(p.exposed)} ms: orthogonalization is "
+            f"{ms(p.makespan)} ms on rank {p.busiest.rank}, with {work(p.busiest)}."
+        )
+    rank = max(p.ranks, key=lambda figures: figures.links)
+    near, far = (max(rank.sent[where], rank.received[where]) for where in (0, 1))
+    kind, nbytes = ("between nodes", far) if far > near else ("inside the node", near)
+    return (
+        f"The links {kind} are the bottleneck: rank {rank.rank} moves {nbytes / 2**20:,.0f} MiB over its own, "
+        f"{ms(p.links)} ms if it never pauses, and orthogonalizes for {ms(rank.ns)} ms; the busiest, rank "
+        f"{p.busiest.rank}, for {ms(p.busiest.ns)} ms, with {work(p.busiest)}."
     )
 
 
@@ -52,7 +71,7 @@ def why(prediction: Prediction) -> str:
         else:
             reasons.append("Ranks of a team talk and repeat small products: their work adds up to more")
     if p.exposed > EXPOSED * p.seconds:
-        links = f"the busiest link needs {ms(p.links)}"
+        links = f"the busiest link needs {ms(p.links)} ms"
         reasons.append(
             f"{ms(p.exposed)} ms more are exchange, passes over memory and waiting for other ranks ({links})"
         )
