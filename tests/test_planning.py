@@ -200,6 +200,14 @@ def test_a_huge_matrix_gets_a_team_and_the_words_say_so(wall):
     assert "One matrix alone takes it that long" in " ".join(title(alone).split())
 
 
+def test_links_are_named_where_they_are_the_bottleneck():
+    found = predict(Setup(load_model("llama-3-8b"), make_layout("hsdp", 16, 8), H100))
+    assert found.links > found.makespan
+    words = " ".join(title(found).split())
+    assert "The links between nodes are the bottleneck" in words
+    assert "Rank 0 is the bottleneck" not in words
+
+
 def test_round_robin_begins_each_shape_at_rank_0(gpt2):
     """Twelve of each of four shapes on 8 ranks: rank 0 has two of each."""
     found = predict(Setup(gpt2, make_layout("fsdp", 1, 8), H100, teams=False))
@@ -274,6 +282,34 @@ def test_command_prints_tables(capsys):
         assert part in text
     for part in ("makespan over ideal", "round robin", "longest first, by cost", "Recommended:", "estimate"):
         assert part in text
+
+
+@pytest.mark.parametrize("more", [[], ["--compare"]], ids=["a plan", "a comparison"])
+def test_nothing_is_cut_in_a_terminal_of_80_columns(capsys, monkeypatch, more):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert plan("--model", "llama-3-8b", "--nodes", "32", "--parallel", "hsdp", "--no-advice", *more) == 0
+    text = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_trainer_config_says_whether_there_are_teams_and_how_fast_engines_are(tmp_path, capsys):
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1, "num_attention_heads": 64}
+    optim = {"teams": False}
+    path = tmp_path / "run.yaml"
+
+    def written(**changes):
+        tree = {"model": {"type": "llama", "config": sizes}, "data": {"tokenizer": "bytes"}, "optim": optim | changes}
+        path.write_text(yaml.safe_dump(tree))
+        return str(path)
+
+    arguments = ["--nodes", "2", "--no-advice", "--json", "-", "--model"]
+    assert plan(*arguments, written(teams=True)) == 0
+    assert max(map(int, json.loads(capsys.readouterr().out)["teams"])) > 1
+    assert plan(*arguments, written()) == 0
+    assert set(json.loads(capsys.readouterr().out)["teams"]) == {"1"}
+    assert plan(*arguments, written(cost_table=str(tmp_path / "missing.json"))) == 2
+    assert "missing.json" in capsys.readouterr().err
 
 
 def test_command_writes_json(tmp_path, capsys):
