@@ -185,7 +185,7 @@ def _shared(
     assert part is not None, "an error was raised on all ranks"
     _compare_digests(group, ranks, part.pipeline.plan)
     warm_up(group, device)
-    part.pipeline.teams = form_teams(part.pipeline.plan.teams, group)
+    part.pipeline.teams = form_teams(part.pipeline.plan.teams, group, device)
     return part
 
 

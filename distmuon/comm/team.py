@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,12 +47,15 @@ class GroupTeam:
         return whole[:count]
 
 
-def form_teams(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> Mapping[int, GroupTeam]:
-    """Process groups of the teams that this rank is in, by size, each warmed up.
+def form_teams(
+    teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup, device: torch.device
+) -> Mapping[int, GroupTeam]:
+    """Process groups of the teams that this rank is in, by size.
 
     Args:
         teams: The ranks of each, by ascending size; those of one size have no rank in common.
         group: Of all ranks of the plan, who call this together with the same teams.
+        device: Where tensors of the group live.
     """
     rank = own_rank()
     found = {}
@@ -61,4 +65,6 @@ def form_teams(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> Ma
         if made is not None:
             mine = next(ranks for ranks in together if rank in ranks)
             found[size] = GroupTeam(mine, made)
+            # connections are made now, at a known place, rather than inside the first step
+            found[size].add_up(torch.zeros(1, device=device))
     return found
