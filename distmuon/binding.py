@@ -47,7 +47,17 @@ from distmuon.stats import StepClock
 logger = logging.getLogger("distmuon")
 
 # Settings that decide what is exchanged and computed, so that ranks must agree on them
-_COMPARED = ("bucket_bytes", "ns_dtype", "ns_engine", "wire_dtype", "foreach", "compile", "replicas", "teams")
+_COMPARED = (
+    "bucket_bytes",
+    "ns_dtype",
+    "ns_engine",
+    "wire_dtype",
+    "foreach",
+    "compile",
+    "replicas",
+    "teams",
+    "static_grads",
+)
 
 
 @dataclass(frozen=True)
@@ -173,12 +183,13 @@ def _shared(
         compare_settings(_COMPARED, ranks, [theirs.settings for theirs in told])
         facts = {rank: theirs.facts for rank, theirs in zip(ranks, told, strict=True)}
         nodes = nodes_of(ranks, [theirs.host for theirs in told])
-        if options.teams and len({theirs.hardware for theirs in told}) > 1:
+        alike = len({theirs.hardware for theirs in told}) == 1
+        if options.teams and not alike:
             # a team's ranks have to multiply alike, and these would choose other dtypes for the same matrix
             logger.warning("no matrix is owned by a team, as the devices of the ranks are of several kinds")
             options = dataclasses.replace(options, teams=False)
         # one rank's table for all: engines chosen by their own could differ between unlike machines
-        part = _part(mine, facts, nodes, GroupExchange(group), device, group, options, told[0].table, clock)
+        part = _part(mine, facts, nodes, GroupExchange(group), device, group, options, told[0].table, clock, alike)
     except ValueError as raised:
         error = raised
     raise_on_all(group, error)
@@ -199,13 +210,14 @@ def _part(
     options: Options,
     table: CostTable,
     clock: StepClock,
+    alike: bool = True,
 ) -> Part:
     merged = merge(facts)
     keys = tuple(merged)
     specs, planned = [], []
     for number, (holdings, fact) in enumerate(merged.values()):
         if fact.use_muon:
-            found = list(_specs(holdings, fact, options, table, device, nodes))
+            found = list(_specs(holdings, fact, options, table, device, nodes, alike))
             specs += found
             planned += [number] * len(found)
     plan = build_plan(
@@ -291,9 +303,19 @@ def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> N
 
 
 def _specs(
-    holdings: Sequence[Holding], fact: Fact, options: Options, table: CostTable, device: torch.device, nodes: Nodes
+    holdings: Sequence[Holding],
+    fact: Fact,
+    options: Options,
+    table: CostTable,
+    device: torch.device,
+    nodes: Nodes,
+    alike: bool,
 ) -> Iterator[ParameterSpec]:
+    """What a plan is made of; ranks that are not ``alike`` would predict other costs, and take each other's word."""
+    assert fact.request is not None
     layout = fact.layout
+    # ranks have devices of other numbers, and one plan
+    kind = torch.device(device.type)
     matrices = matrix_spec(fact.name, layout.shape, flatten=fact.flatten)
     by_replica: dict[tuple[int, ...], list[Holding]] = {}
     for holding in sorted(holdings, key=lambda holding: holding.rank):
@@ -306,12 +328,10 @@ def _specs(
             holdings=tuple(members),
             group=fact.group,
             kind=f"{layout.device} {layout.dtype} {fact.iteration}",
-            cost=fact.cost,
+            cost=owner_cost(matrices.rows, matrices.cols, kind, fact.request, table) if alike else fact.cost,
         )
-        if options.teams and fact.request is not None:
+        if options.teams:
             extent = layout.shape[spec.slab_axis]
-            # ranks have devices of other numbers, and one plan
-            kind = torch.device(device.type)
             teams = team_costs(matrices.rows, matrices.cols, extent, kind, fact.request, table, nodes)
             spec = dataclasses.replace(spec, teams=teams)
         yield spec

@@ -27,7 +27,7 @@ class Fact:
         iteration: What matrices of one bucket have in common beside shape and dtype.
         request: How its matrices are orthogonalized; None for AdamW.
         settings: What decides its update, for comparison.
-        cost: Nanoseconds that one of its matrices takes on this rank; the lowest rank's word counts.
+        cost: Nanoseconds that one of its matrices takes on this rank; among unlike ranks the lowest one's word counts.
         layout: Where it lies.
     """
 

@@ -87,7 +87,8 @@ class Muon(Optimizer):
         foreach: False updates one tensor at a time, with the operations of :class:`torch.optim.Muon` and
             :class:`torch.optim.AdamW` in their order: the same bits, at their speed.
         fused: Use torch's fused AdamW kernels.
-        compile: Run Newton-Schulz through :func:`torch.compile`; ``"reduce-overhead"`` with CUDA graphs.
+        compile: Run Newton-Schulz of matrices with a single owner through :func:`torch.compile`;
+            ``"reduce-overhead"`` with CUDA graphs.
         bucket_bytes: Bound of the matrices, in ``wire_dtype``, that one rank orthogonalizes together.
             Temporary memory is a few times this, or one matrix where a matrix is larger.
         mesh: A DeviceMesh or process group over which plain parameters are replicated, so that its ranks

@@ -270,7 +270,16 @@ class Pipeline:
             return
         link = link_of(self.table, self.plan.nodes, size)
         way = team_recipe(rows, cols, self.device, request, size, self.table, link)
-        orthogonalize_slabs_(matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
+        try:
+            orthogonalize_slabs_(matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = self.plan.parameters[mine.parameter].name
+            raise RuntimeError(
+                f"rank {self.rank}: the team that owns {name!r} could not talk, another rank has probably ended or "
+                f"hangs: look for the first error among all ranks ({error})"
+            ) from error
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""

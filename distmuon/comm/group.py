@@ -19,7 +19,7 @@ ProcessGroup: TypeAlias = dist.ProcessGroup
 Mesh: TypeAlias = "DeviceMesh | ProcessGroup"
 
 # torch gives a group of some ranks that was made twice one name, so each is made once; they die with their world
-_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], str], dist.ProcessGroup]] = (
     weakref.WeakKeyDictionary()
 )
 _SPLIT: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None]] = (
@@ -93,11 +93,12 @@ def team_group(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> di
         teams: Global ranks; no two have one in common.
         group: Of all ranks that call this together with the same teams.
     """
-    world = default_group()
     mine = next((ranks for ranks in teams if own_rank() in ranks), None)
     members = dist.get_process_group_ranks(group)
-    if world.bound_device_id is None or teams == [tuple(members)]:
-        return None if mine is None else _group_of_exactly(mine)
+    if teams == [tuple(members)]:
+        return group
+    if default_group().bound_device_id is None or dist.get_backend(group) != "nccl":
+        return None if mine is None else _group_of_exactly(mine, dist.get_backend_config(group))
     # a communicator of NCCL that is up already is split by all of its ranks together
     made = _SPLIT.setdefault(group, {})
     key = tuple(teams)
@@ -106,16 +107,24 @@ def team_group(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> di
     return made[key]
 
 
-def _group_of_exactly(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A process group of these ranks, that of the job or a new one; they call this together."""
+def _group_of_exactly(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+    """A process group of these ranks, that of the job or a new one; they call this together.
+
+    Args:
+        ranks: Global ranks, ascending.
+        backend: As :func:`torch.distributed.get_backend_config` names it; None: that of the job.
+    """
     world = default_group()
-    if len(ranks) == dist.get_world_size():
+    usual = dist.get_backend_config(world)
+    backend = backend or usual
+    if len(ranks) == dist.get_world_size() and backend == usual:
         return world
     made = _MADE.setdefault(world, {})
-    if ranks not in made:
+    if (ranks, backend) not in made:
+        other = None if backend == usual else backend
         # only these ranks are here to make it: others may belong to another stage of a pipeline
-        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return made[ranks]
+        made[ranks, backend] = dist.new_group(list(ranks), backend=other, use_local_synchronization=True)
+    return made[ranks, backend]
 
 
 def default_group() -> dist.ProcessGroup:

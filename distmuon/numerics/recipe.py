@@ -1,6 +1,7 @@
 """Which engine, polynomial, dtype and kind of product a matrix gets: by its shape and its device alone.
 
-Never by how many matrices there are, or how many ranks share them: results would change with the world size.
+Never by how many matrices there are, or how many ranks share them: results would change with the world size. (Teams
+take the same coefficients: :mod:`distmuon.numerics.teams`.)
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ def orthogonalize_slabs_(
     """
     # products keep their precision wherever this is called from
     with torch.autocast(slabs.device.type, enabled=False):
-        normal = normalize(slabs.to(dtype), eps, team.add_up).to(way.recipe.dtype)
-        for slab, x in zip(slabs, normal, strict=True):
-            slab.copy_(_iterate(x, way, team, tall=tall))
+        for slab in slabs:
+            normal = normalize(slab[None].to(dtype), eps, team.add_up)[0]
+            slab.copy_(_iterate(normal.to(way.recipe.dtype), way, team, tall=tall))
     return slabs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,15 +42,19 @@ def lower_bound(specs: Sequence[ParameterSpec], ranks: Sequence[int]) -> LowerBo
 
 
 def round_robin(specs: Sequence[ParameterSpec], ranks: Sequence[int]) -> dict[int, int]:
-    """Load by rank when matrices are dealt out in the order of the parameters, as microsoft/dion does.
+    """Load by rank when matrices of each shape are dealt out from the first rank on, as microsoft/dion does.
 
     Args:
-        specs: The parameters, in the order of the model.
+        specs: The parameters.
         ranks: Who owns; whatever a rank stores.
     """
     loads = dict.fromkeys(ranks, 0)
-    for number, (cost, _) in enumerate(_matrices(specs)):
-        loads[ranks[number % len(ranks)]] += cost
+    dealt: Counter[tuple[int, int, int]] = Counter()
+    for spec in specs:
+        key = spec.matrices.rows, spec.matrices.cols, spec.cost
+        for _ in range(spec.matrices.count):
+            loads[ranks[dealt[key] % len(ranks)]] += spec.cost
+            dealt[key] += 1
     return loads
 
 

@@ -41,7 +41,7 @@ class Bucket:
         """Elements by owner."""
         owned: Counter[int] = Counter()
         for assignment in self.assignments:
-            # the slabs of a team differ by less than a row of the long side
+            # an even share: the largest slab of a team may be larger by a row, or by what one input channel takes
             owned[assignment.owner] += assignment.count * -(-self.rows * self.cols // self.parts)
         return owned
 

@@ -143,6 +143,11 @@ def _identical(key: _Same) -> Layout:
     return _equal(key.holdings)
 
 
+def forget() -> None:
+    """Let go of tuples that were asked about: a plan keeps its layouts, and others ask anew."""
+    _identical.cache_clear()
+
+
 def layout_of(holdings: tuple[Holding, ...]) -> Layout:
     """The layout of ``holdings``; that of equal ones is the same object as long as it is remembered.
 

@@ -36,4 +36,9 @@ def teams_of(nodes: Nodes, size: int) -> Nodes:
         size: Ranks of a team. No larger than a node, teams stay inside one; else they cross nodes.
     """
     rows = nodes if size <= largest(nodes) else (tuple(rank for members in nodes for rank in members),)
-    return tuple(members[start : start + size] for members in rows for start in range(0, len(members) - size + 1, size))
+    return tuple(
+        # ascending, as the ranks of a process group are: those of several nodes may be dealt out in turn
+        tuple(sorted(members[start : start + size]))
+        for members in rows
+        for start in range(0, len(members) - size + 1, size)
+    )

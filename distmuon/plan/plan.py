@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from distmuon.plan.assign import assign, balance
 from distmuon.plan.buckets import Bucket, buckets_of
+from distmuon.plan.layouts import forget
 from distmuon.plan.nodes import Nodes, one_node, teams_of
 from distmuon.plan.parameters import ParameterSpec, check_cover
 from distmuon.plan.waves import Wave, waves_of
@@ -102,4 +103,5 @@ def build_plan(
     nodes = nodes or one_node(ordered)
     assigned = assign(parameters, most_numel=bucket_numel, nodes=nodes)
     buckets = buckets_of(assigned, parameters, ordered, bucket_numel)
+    forget()
     return Plan(ordered, tuple(parameters), buckets, nodes, waves_of(buckets, bucket_numel))

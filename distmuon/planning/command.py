@@ -50,8 +50,13 @@ def run_command(arguments: Sequence[str]) -> int:
     except InfeasibleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read has seen enough
+        return 1
     except OSError as error:
-        print(f"error: {error.filename} cannot be written ({error.strerror}): name another file.", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'the output'} cannot be written ({error.strerror}): name another file.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -95,6 +100,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         # minutes of simulation are not to end in a file that cannot be
         if name not in (None, "-") and not pathlib.Path(name).absolute().parent.is_dir():
             raise UsageError(f"--{option} {name} cannot be written, as there is no such folder: name another file.")
+        if name not in (None, "-") and pathlib.Path(name).is_dir():
+            raise UsageError(f"--{option} {name} is a folder: name a file in it.")
     if known.compare and known.plot:
         raise UsageError("--plot draws one plan, and --compare makes many: drop one of them.")
     return known

@@ -103,6 +103,15 @@ def find_device(
         _check(table, cost_table, name)
     if tflops is not None:
         table = _at(table, tflops)
+    elif cost_table is None and name != "cpu" and dtype.itemsize > 2:
+        raise UsageError(
+            f"--dtype {str(dtype).removeprefix('torch.')} has no built-in rates on --device {name}: give --tflops, or "
+            "a --cost-table that was measured so."
+        )
+    if not any(rates.big for _, rates in table.engines):
+        raise UsageError(
+            f"--cost-table {cost_table} says that products take no time: calibrate again, or give --tflops."
+        )
     speeds = _linked(speeds_of(table), local_gb_s, remote_gb_s)
     # teams are costed by the links in the table
     table = dataclasses.replace(table, speeds=speeds)
@@ -135,10 +144,10 @@ def _check(table: CostTable, path: str | None, name: str) -> None:
         return
     fitting = [other for other, kind in _KINDS.items() if _fits(table, kind)]
     other = f"take --device {' or '.join(fitting)}, or " if fitting else ""
-    where = "--device cpu" if name == "cpu" else f"--device cuda on one {name}"
+    where = "--device cpu`" if name == "cpu" else f"--device cuda` on one {name}"
     raise UsageError(
         f"--cost-table {path} is of {table.device!r}, and --device {name} is {_KINDS[name].device!r}: {other}measure "
-        f"a table by `distmuon calibrate {where}`."
+        f"a table by `distmuon calibrate {where}."
     )
 
 

@@ -7,8 +7,8 @@ rounding that the small products piled up. A segment a stage is the ordinary ite
 
 (Gram Newton-Schulz: Dao-AILab/gram-newton-schulz.)
 
-``gram``, :func:`iterate` and :func:`apply` are apart so that ranks that hold slabs of one matrix can add up their
-Gram matrices between them.
+:func:`iterate` is apart so that ranks that hold slabs of one matrix can add up their Gram matrices before it
+(:mod:`distmuon.numerics.slabs`).
 """
 
 from __future__ import annotations
