@@ -14,12 +14,14 @@ from torch import nn
 from distmuon import cli
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.plan.boxes import Box
+from distmuon.plan.simulate import GLOO, NCCL, simulate
 from distmuon.planning.advice import advise
 from distmuon.planning.classes import classes, shown_ranks
 from distmuon.planning.compare import compare, node_counts, scaling
 from distmuon.planning.devices import find_device
 from distmuon.planning.layouts import holder, make_layout
 from distmuon.planning.models import builtin_names, load_model, of_module
+from distmuon.planning.picture_gantt import awaited
 from distmuon.planning.predict import predict
 from distmuon.planning.rivals import ROUND_ROBIN
 from distmuon.planning.specs import Setup, specs_of
@@ -378,7 +380,12 @@ def test_one_rank_has_nothing_to_exchange(capsys):
         (["--nodes", "two"], 2, ["--nodes", "distmuon plan --help"]),
         (["--model", "llama-3-70b", "--parallel", "ddp"], 1, ["79 GiB", "--parallel fsdp --nodes 2 takes"]),
         (["--parallel", "ddp", "--memory-gib", "1.0"], 1, ["1 GiB", "--parallel fsdp takes 0."]),
-        (["--parallel", "fsdp", "--memory-gib", "0.2"], 1, ["buffers of", "--parallel fsdp --nodes"]),
+        (["--parallel", "fsdp", "--memory-gib", "0.22"], 1, ["buffers of 0.06 GiB", "--bucket-mib 4 takes 0.21"]),
+        (["--parallel", "fsdp", "--memory-gib", "0.2"], 1, ["buffers of 0.06 GiB", "--parallel fsdp --nodes 2"]),
+        (["--plot", "x.svg"], 2, ["--plot x.svg", "end in .png"]),
+        (["--json", "/"], 2, ["--json / is a folder"]),
+        (["--plot", "/"], 2, ["--plot / is a folder"]),
+        (["--dtype", "float32"], 2, ["--dtype float32", "--device h100", "--tflops", "--cost-table"]),
     ],
 )
 def test_faults_are_one_sentence_that_says_what_would_fit(arguments, code, parts, capsys):
@@ -397,6 +404,36 @@ def test_a_cost_table_of_another_device_is_refused(cpu_table, capsys):
         assert part in error
     assert plan("--model", "gpt2", "--cost-table", "nowhere.json") == 2
     assert "--cost-table" in capsys.readouterr().err
+
+
+def test_a_table_of_no_time_and_a_folder_of_no_model_are_refused(tmp_path, capsys):
+    path = tmp_path / "zero.json"
+    CostTable("cpu-float32", "of a test", (("composed", Rates(0.0, 0.0, 0.0)),)).save(path)
+    assert plan("--model", "gpt2", "--cost-table", str(path)) == 2
+    assert "products take no time" in capsys.readouterr().err
+    assert plan("--model", str(tmp_path)) == 2
+    assert f"the folder {tmp_path} has no config.json" in capsys.readouterr().err
+
+
+def test_cpus_talk_over_gloo(gpt2):
+    """Replicas get updates from owners, as gloo does not gather them: what is sent is more than an all-gather's."""
+    setup = Setup(gpt2, make_layout("ddp", 1, 4), find_device("cpu"))
+    assert (setup.transport, setup.but(device=H100).transport) == (GLOO, NCCL)
+    found = predict(setup)
+    same = simulate(found.plan, setup.device.speeds, itemsize=setup.itemsize, transport=GLOO)
+    other = simulate(found.plan, setup.device.speeds, itemsize=setup.itemsize, transport=NCCL)
+    assert found.seconds == same.seconds != other.seconds
+
+
+def test_a_wait_is_named_by_the_exchange_that_ends_it(wall):
+    waits = [span for span in wall.spans if span.kind == "wait"]
+    waves = len(wall.plan.waves)
+    told = {awaited(wall, wait) for wait in waits}
+    assert any(text.startswith("updates of wave ") and text.endswith(f" of {waves}") for text in told)
+    last = max(waits, key=lambda span: span.end)
+    assert awaited(wall, last).startswith("updates of wave")
+    first = min(waits, key=lambda span: span.start)
+    assert awaited(wall, first).startswith("gathers of wave 1 ")
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distmuon.planning.figures import Prediction
 from distmuon.planning.layouts import KINDS, make_layout
-from distmuon.planning.memory import check_peak, check_states
+from distmuon.planning.memory import check_states, peak_fits
 from distmuon.planning.predict import predict
 from distmuon.planning.specs import Setup
 from distmuon.planning.states import InfeasibleError
@@ -88,10 +88,10 @@ def _try(setup: Setup, again: Callable[[Setup], Prediction], tried: list[Predict
     try:
         check_states(setup)
         prediction = again(setup)
-        check_peak(prediction)
     except InfeasibleError:
         return
-    tried.append(prediction)
+    if peak_fits(prediction):
+        tried.append(prediction)
 
 
 def _fastest(given: Prediction, tried: list[Prediction]) -> Prediction:

@@ -102,6 +102,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"--{option} {name} cannot be written, as there is no such folder: name another file.")
         if name not in (None, "-") and pathlib.Path(name).is_dir():
             raise UsageError(f"--{option} {name} is a folder: name a file in it.")
+    if known.plot and pathlib.Path(known.plot).suffix.lower() not in ("", ".png"):
+        raise UsageError(f"--plot {known.plot} names no PNG, and only these are drawn: let it end in .png.")
     if known.compare and known.plot:
         raise UsageError("--plot draws one plan, and --compare makes many: drop one of them.")
     return known

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distmuon.plan.memory import memory
+from distmuon.plan.plan import build_plan
 from distmuon.planning.figures import Prediction
 from distmuon.planning.layouts import KINDS, Layout, make_layout
-from distmuon.planning.specs import Setup
+from distmuon.planning.specs import Setup, specs_of
 from distmuon.planning.states import InfeasibleError, states_of
 from distmuon.usage import UsageError
 
@@ -32,10 +34,21 @@ def check_peak(prediction: Prediction) -> None:
         InfeasibleError: saying what would fit.
     """
     setup = prediction.setup
-    worst = max(prediction.ranks, key=lambda figures: figures.states.total + figures.buffers)
-    states, buffers = worst.states.total / 2**30, worst.buffers / 2**30
-    if setup.device.memory is not None and states + buffers > setup.device.memory:
+    states, buffers = _peak_gib(prediction)
+    if not peak_fits(prediction):
         raise InfeasibleError(_sentence(setup, states, buffers))
+
+
+def peak_fits(prediction: Prediction) -> bool:
+    """Whether states and buffers fit; of an unknown memory they do."""
+    most = prediction.setup.device.memory
+    return most is None or sum(_peak_gib(prediction)) <= most
+
+
+def _peak_gib(prediction: Prediction) -> tuple[float, float]:
+    """States and buffers of the rank that needs most."""
+    worst = max(prediction.ranks, key=lambda figures: figures.states.total + figures.buffers)
+    return worst.states.total / 2**30, worst.buffers / 2**30
 
 
 def _state_gib(setup: Setup, layout: Layout) -> float:
@@ -44,23 +57,38 @@ def _state_gib(setup: Setup, layout: Layout) -> float:
 
 def _sentence(setup: Setup, states: float, buffers: float) -> str:
     layout, device = setup.layout, setup.device
-    beside = f" and buffers of {buffers:.1f} GiB" if buffers else ""
+    beside = f" and buffers of {buffers:,.2f} GiB" if buffers else ""
     return (
-        f"{setup.model.name} as {layout} on {layout.world} ranks takes {states:,.1f} GiB of weights, gradients and "
+        f"{setup.model.name} as {layout} on {layout.world} ranks takes {states:,.2f} GiB of weights, gradients and "
         f"states{beside} on a rank, and {device.name} has {device.memory:g} GiB: {_way_out(setup, buffers)}."
     )
 
 
 def _way_out(setup: Setup, buffers: float) -> str:
     assert setup.device.memory is not None
+    if buffers:
+        for size in (setup.bucket_mib / 4, setup.bucket_mib / 16):
+            needed = _gib_in_buckets(setup, size)
+            if needed <= setup.device.memory:
+                return f"--bucket-mib {size:g} takes {needed:,.2f} GiB"
     for layout in _others(setup.layout):
         needed = _state_gib(setup, layout) + buffers
         # activations take their part too
         if needed <= 0.8 * setup.device.memory:
             same = layout.nodes == setup.layout.nodes
             nodes = "" if same else f" --nodes {layout.nodes}"
-            return f"--parallel {layout.kind}{nodes} takes {needed:,.1f} GiB"
+            return f"--parallel {layout.kind}{nodes} takes {needed:,.2f} GiB"
     return "take a smaller model, or a device with more memory (--memory-gib)"
+
+
+def _gib_in_buckets(setup: Setup, size: float) -> float:
+    """GiB of states and buffers if buckets were smaller."""
+    other = setup.but(bucket_mib=size)
+    layout = other.layout
+    plan = build_plan(specs_of(other), ranks=layout.ranks, bucket_numel=other.bucket_numel, nodes=layout.node_ranks)
+    held = memory(plan, all_gather=other.transport.all_gather)
+    states = states_of(other.model, layout)
+    return max(states[rank].total + other.itemsize * held[rank].buffers for rank in plan.ranks) / 2**30
 
 
 def _others(layout: Layout) -> Iterator[Layout]:

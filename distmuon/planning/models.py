@@ -101,6 +101,10 @@ def load_model(text: str) -> Model:
         return _of_json(builtin, text)
     if path.is_dir():
         path /= "config.json"
+        if not path.exists():
+            raise UsageError(
+                f"--model {text}: the folder {text} has no config.json: give the folder of a transformers model."
+            )
     if path.suffix == ".json":
         return _of_json(path, path.parent.name if path.name == "config.json" else path.stem)
     near = difflib.get_close_matches(text, builtin_names(), n=1)

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from distmuon.plan.simulate import Span
 from distmuon.planning.figures import Prediction, RankFigures
 from distmuon.planning.story import EXPOSED, ms, work
 
@@ -87,6 +88,18 @@ def _heading(prediction: Prediction, shown: int) -> str:
     return f"The step of {shown} of {len(prediction.ranks):,} ranks, from the busiest to the idlest"
 
 
+def awaited(prediction: Prediction, wait: Span) -> str:
+    """What a rank waits for: the exchange of its own that ends with the wait, or else the ranks of its team."""
+    exchanges = [s for s in prediction.spans if s.rank == wait.rank and s.kind in ("gather", "scatter")]
+    nearest = min(exchanges, key=lambda span: abs(span.end - wait.end), default=None)
+    if nearest is None or abs(nearest.end - wait.end) > 1e-3 * (wait.end - wait.start):
+        return "ranks of its team"
+    # an exchange is named by the first bucket of its wave
+    wave = next(k for k, found in enumerate(prediction.plan.waves) if found.first == nearest.bucket)
+    what = "gathers" if nearest.kind == "gather" else "updates"
+    return f"{what} of wave {wave + 1} of {len(prediction.plan.waves)}"
+
+
 def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> None:
     """Say in the row of the busiest rank what it is busy with."""
     busiest = prediction.busiest
@@ -109,10 +122,7 @@ def _annotate(axes: Axes, prediction: Prediction, row_of: dict[int, int]) -> Non
     waits = [s for s in prediction.spans if s.rank == busiest.rank and s.kind == "wait"]
     if waits and prediction.exposed > EXPOSED * prediction.seconds:
         wait = max(waits, key=lambda span: span.end - span.start)
-        # before it has orthogonalized anything of a wave a rank waits for its gather, then for updates
-        done = min((span.start for span in spans if span.bucket >= wait.bucket), default=0.0)
-        what = "matrices to gather" if wait.start < done else "updates"
-        text = f"waits {ms(wait.end - wait.start)} ms for {what}"
+        text = f"waits {ms(wait.end - wait.start)} ms for {awaited(prediction, wait)}"
         middle = 500 * (wait.start + wait.end)
         axes.annotate(
             text,

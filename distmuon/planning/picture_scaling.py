@@ -31,9 +31,8 @@ def draw_scaling(axes: Axes, prediction: Prediction, scaling: Sequence[Scaling])
         axes.plot(ranks, [getattr(point, key) for point in scaling], marker=marker, color=color, label=label)
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
     world = len(prediction.ranks)
-    axes.axvline(world, color="black", linestyle=":", linewidth=1)
-    side = "right" if world == ranks[-1] else "left"
-    axes.text(world, 0.6, f" {world:,} ranks ", transform=axes.get_xaxis_transform(), fontsize=8, ha=side)
+    # in the legend, as text beside it would lie on a curve of one model or another
+    axes.axvline(world, color="black", linestyle=":", linewidth=1, label=f"{world:,} ranks")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [f"{rank}" for rank in ranks], minor=False)
