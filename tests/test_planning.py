@@ -15,7 +15,7 @@ from distmuon import cli
 from distmuon.numerics.costs import CostTable, Rates
 from distmuon.plan.boxes import Box
 from distmuon.plan.simulate import GLOO, NCCL, simulate
-from distmuon.planning.advice import advise
+from distmuon.planning.advice import Advice, advise
 from distmuon.planning.classes import classes, shown_ranks
 from distmuon.planning.compare import compare, node_counts, scaling
 from distmuon.planning.devices import find_device
@@ -26,7 +26,7 @@ from distmuon.planning.predict import predict
 from distmuon.planning.rivals import ROUND_ROBIN
 from distmuon.planning.specs import Setup, specs_of
 from distmuon.planning.states import states_of
-from distmuon.planning.story import title
+from distmuon.planning.story import ms, title
 from distmuon.usage import UsageError
 
 H100 = find_device("h100", tflops=600)
@@ -208,6 +208,14 @@ def test_links_are_named_where_they_are_the_bottleneck():
     words = " ".join(title(found).split())
     assert "The links between nodes are the bottleneck" in words
     assert "Rank 0 is the bottleneck" not in words
+    most = max(max(r.sent[1], r.received[1]) for r in found.ranks if r.links == found.links)
+    assert f"moves {most / 2**20:,.0f} MiB" in words
+    assert words.endswith("--parallel fsdp has one.")
+    better = predict(found.setup.but(layout=make_layout("fsdp", 16, 8)))
+    assert better.seconds < found.seconds
+    advised = " ".join(title(found, Advice(found, better, (found, better))).split())
+    assert f"Faster: --parallel fsdp, {ms(better.seconds)} ms." in advised
+    assert "Faster" not in title(found, Advice(found, found, (found,)))
 
 
 def test_round_robin_begins_each_shape_at_rank_0(gpt2):

@@ -77,7 +77,7 @@ def run(known: argparse.Namespace) -> None:
         # the wall is worth seeing from far before it
         most = max(setup.layout.nodes, _CURVE_NODES)
         drawn = predict(setup, tokens_per_gpu=known.tokens_per_gpu, spans=shown_ranks(prediction.ranks))
-        draw(drawn, scaling(setup, node_counts(most)), pathlib.Path(known.plot))
+        draw(drawn, scaling(setup, node_counts(most)), pathlib.Path(known.plot), advice)
         if not quiet:
             console.print(f"wrote {known.plot}")
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 from distmuon.planning.figures import Prediction, RankFigures
+
+if TYPE_CHECKING:
+    from distmuon.planning.advice import Advice
 
 # A busiest rank with so much more than an even share has a reason that is worth telling
 _UNEVEN = 1.05
@@ -12,14 +16,14 @@ _UNEVEN = 1.05
 EXPOSED = 0.25
 
 
-def title(prediction: Prediction, width: int = 125) -> str:
-    """What the picture shows, in sentences: where, who is last, and what would change it."""
+def title(prediction: Prediction, advice: Advice | None = None, width: int = 125) -> str:
+    """What the picture shows, in sentences: where, who is last, and what would change it, if ``advice`` says so."""
     p, layout = prediction, prediction.setup.layout
     where = (
         f"{p.setup.model.name}, {layout} on {layout.world:,} x {p.setup.device.name}: the step takes "
         f"{ms(p.seconds)} ms ({p.share:.1%} of a training step)."
     )
-    return "\n".join([where, *textwrap.wrap(f"{bottleneck(p)} {why(p)}", width)])
+    return "\n".join([where, *textwrap.wrap(f"{bottleneck(p)} {why(p)} {_better(p, advice)}", width)])
 
 
 def bottleneck(prediction: Prediction) -> str:
@@ -53,6 +57,16 @@ def _moving(p: Prediction) -> str:
         f"{ms(p.links)} ms if it never pauses, and orthogonalizes for {ms(rank.ns)} ms; the busiest, rank "
         f"{p.busiest.rank}, for {ms(p.busiest.ns)} ms, with {work(p.busiest)}."
     )
+
+
+def _better(p: Prediction, advice: Advice | None) -> str:
+    """What would shorten the step: as simulated, or without advice what surely moves less."""
+    if advice is not None:
+        changes = " ".join(advice.changes)
+        return f"Faster: {changes}, {ms(advice.best.seconds)} ms." if changes else ""
+    if p.setup.layout.kind != "fsdp" and p.exposed > p.makespan:
+        return "Every replica is sent all updates: --parallel fsdp has one."
+    return ""
 
 
 def why(prediction: Prediction) -> str:
