@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind
-from distmuon.checkpoint import merge_groups, place_steps, restore_momentum
+from distmuon.checkpoint.loading import merge_groups, place_steps, restore_momentum
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (

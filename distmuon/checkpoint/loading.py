@@ -1,4 +1,4 @@
-"""How state moves: what loading a state dict needs beyond torch's own."""
+"""What loading a state dict needs beyond torch's own."""
 
 from __future__ import annotations
 
