@@ -57,6 +57,8 @@ _COMPARED = (
     "replicas",
     "teams",
     "static_grads",
+    "on_nonfinite",
+    "verify_exchange",
 )
 
 

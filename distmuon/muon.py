@@ -102,8 +102,15 @@ class Muon(Optimizer):
             a step ends sooner; the update then is that of one owner but for rounding. False: one owner each.
         static_grads: Promise that the same parameters have gradients in every step, on all ranks, from the
             first one on: saves the small all-reduce that asks every rank.
+        on_nonfinite: What a gradient with NaN or an infinity on any rank does, before it reaches momentum or a
+            parameter: ``"raise"`` raises on all ranks, ``"skip"`` leaves the step out on all ranks and counts it in
+            :attr:`skipped_steps`. Reads gradients once more, and waits for the device. None does not look.
+        verify_exchange: For debugging: compare checksums of all that matrices and updates send between ranks.
         step_stats: Time the phases of each step, for :meth:`last_step_stats`; waits for the device.
         maximize: Not supported; here to say so by name.
+
+    Attributes:
+        skipped_steps: Steps that ``on_nonfinite="skip"`` left out since this object was made.
 
     Raises:
         TypeError: for complex, sparse or quantized parameters.
@@ -142,6 +149,8 @@ class Muon(Optimizer):
         replicas: str = "share",
         teams: bool = True,
         static_grads: bool = False,
+        on_nonfinite: str | None = None,
+        verify_exchange: bool = False,
         step_stats: bool = False,
         maximize: bool = False,
     ) -> None:
@@ -163,11 +172,14 @@ class Muon(Optimizer):
             replicas=replicas,
             teams=teams,
             static_grads=static_grads,
+            on_nonfinite=on_nonfinite,
+            verify_exchange=verify_exchange,
             step_stats=step_stats,
         )
         self._binding: Binding | None = None
         self._clock = StepClock(step_stats)
         self._momentum_is_split = False
+        self.skipped_steps = 0
         if mesh is None and isinstance(params, DistributedDataParallel):
             mesh = params.process_group
         self._mesh = mesh
@@ -231,6 +243,7 @@ class Muon(Optimizer):
         All ranks that share parameters call this together.
 
         Raises:
+            FloatingPointError: for NaN or an infinity in a gradient on any rank, with ``on_nonfinite="raise"``.
             TypeError: for a sparse gradient.
             ValueError: if ranks disagree about parameters, settings, or which gradients there are.
             RuntimeError: if an exchange with other ranks fails.
@@ -240,7 +253,15 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._clock.start()
-        for turn in self._turns():
+        try:
+            turns = self._turns()
+        except FloatingPointError as error:
+            if self._options.on_nonfinite != "skip":
+                raise
+            self.skipped_steps += 1
+            logger.warning("a step is left out: %s", error)
+            return loss
+        for turn in turns:
             create_state(turn, self.state, self._options)
             if not turn.idle:
                 self._step_matrices(turn)
@@ -361,7 +382,7 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this on a copy, which lacks what is not pickled, and on itself when it loads a state dict
-        for key, value in {"_binding": None, "_mesh": None, "_momentum_is_split": False}.items():
+        for key, value in {"_binding": None, "_mesh": None, "_momentum_is_split": False, "skipped_steps": 0}.items():
             self.__dict__.setdefault(key, value)
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))

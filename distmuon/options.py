@@ -40,6 +40,8 @@ class Options:
     replicas: str
     teams: bool
     static_grads: bool
+    on_nonfinite: str | None
+    verify_exchange: bool
     step_stats: bool
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class Options:
             raise TypeError(f"teams={self.teams!r}: it is True or False; the cost table decides how large teams are.")
         if self.replicas not in ("share", "repeat"):
             raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
+        if self.on_nonfinite not in (None, "raise", "skip"):
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r}: it is 'raise', 'skip' or None.")
         if self.bucket_bytes < 1:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
         if self.compile and (not self.batched or self.ns_engine in NOT_COMPILED):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from distmuon.binding import Binding, Entry, Part
-from distmuon.comm.agree import Agreement, agree, check_replicas
+from distmuon.comm.agree import Agreement, agree, check_replicas, raise_nonfinite
 from distmuon.comm.layout import check_gradient, local_tensor
 from distmuon.groups import Group
+from distmuon.numerics.finite import nonfinite
 from distmuon.numerics.update import all_zero
 from distmuon.options import Options
 
@@ -55,29 +56,33 @@ def agree_on_turns(
         A turn for each part; None if parameters changed on any rank, so that all have to bind them again.
 
     Raises:
+        FloatingPointError: on every rank, if a gradient on any rank is not finite and the options look for that.
         Exception: on every rank, what any rank found wrong with a gradient.
     """
     stale = not binding.fits(groups)
-    if stale and (options.static_grads or all(part.group is None for part in binding.parts)):
+    if stale and not any(_asks(part, options) for part in binding.parts):
         return None
     looks, error = [_Look.blank(part) for part in binding.parts], None
-    idle = False
+    idle, stained = False, []
     if not stale:
         try:
             looks = [_look(part, state) for part in binding.parts]
             # a step is idle only if it is for all parts
             zero_rates = all(_is_zero(group["lr"], read=not state) for group in groups)
             idle = zero_rates and all(map(_gradients_are_zero, binding.parts))
+            stained = [] if options.on_nonfinite is None else _stained(binding.parts)
+            for part in binding.parts:
+                _check_promise(part)
         except Exception as raised:  # whatever it is, the other ranks wait to hear of it
             error = raised
     turns: list[Turn] = []
     for part, look in zip(binding.parts, looks, strict=True):
-        if part.group is None or part.active is not None:
+        # what several ranks agreed on, the first part, holds for what this rank has alone
+        if part.group is None or not _asks(part, options):
             if error is not None:
                 raise error
-            if part.active is not None:
-                _check_promise(part)
-            # what several ranks agreed on, the first part, holds for what this rank has alone
+            if stained and not turns:
+                raise_nonfinite(None, stained)
             alone = turns[0].idle if turns else idle
             turns.append(Turn(part, part.active or tuple(look.present), alone and part.active is None))
             continue
@@ -86,12 +91,18 @@ def agree_on_turns(
             part.pipeline.device,
             replan=stale,
             idle=idle,
+            nonfinite=bool(stained),
             gradients=look.present,
             unreduced=look.unreduced,
             error=error,
         )
         if agreement.replan:
             return None
+        if agreement.nonfinite:
+            raise_nonfinite(part.group, stained)
+        if part.active is not None:
+            turns.append(Turn(part, part.active, idle=False))
+            continue
         _check_presence(part, agreement, look.present)
         active = tuple(count > 0 for count in agreement.gradients)
         if options.static_grads and not agreement.idle:
@@ -137,6 +148,11 @@ def _look(part: Part, state: Mapping[Tensor, Mapping[str, Any]]) -> _Look:
     return look
 
 
+def _asks(part: Part, options: Options) -> bool:
+    """Whether the ranks of a part talk before a step; they all know that alike."""
+    return part.group is not None and (part.active is None or options.on_nonfinite is not None)
+
+
 def _check_presence(part: Part, agreement: Agreement, present: Sequence[bool]) -> None:
     """Refuse what would let replicas drift apart; decided by what all ranks know."""
     assert part.group is not None
@@ -167,7 +183,8 @@ def _check_promise(part: Part) -> None:
     Raises:
         ValueError: naming the parameter.
     """
-    assert part.active is not None
+    if part.active is None:
+        return
     for number, entry in part.entries.items():
         if entry.param.grad is not None and not part.active[number]:
             raise ValueError(
@@ -181,6 +198,25 @@ def _gradients_are_zero(part: Part) -> bool:
         local_tensor(entry.param.grad) for entry in part.entries.values() if entry.param.grad is not None
     ]
     return all_zero(grads)
+
+
+def _stained(parts: Sequence[Part]) -> list[str]:
+    """Names of this rank's parameters whose gradient holds NaN or an infinity."""
+    names, grads = [], []
+    for part in parts:
+        # with ddp_hook a gradient is NaN wherever its owner is not
+        elsewhere = _owned_elsewhere(part) if part.pipeline.owner_gradients else set()
+        for number, entry in part.entries.items():
+            if entry.param.grad is not None and number not in elsewhere:
+                names.append(entry.fact.name)
+                grads.append(local_tensor(entry.param.grad))
+    return [name for name, bad in zip(names, nonfinite(grads), strict=True) if bad]
+
+
+def _owned_elsewhere(part: Part) -> set[int]:
+    """The parameters, by place in ``keys``, that another rank owns alone."""
+    pipeline = part.pipeline
+    return {part.planned[place] for place, owner in pipeline.plan.sole_owners.items() if owner != pipeline.rank}
 
 
 def _is_zero(lr: float | Tensor, *, read: bool) -> bool:

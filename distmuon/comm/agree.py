@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from distmuon.comm.group import from_every_rank, sum_over_ranks
+from distmuon.comm.group import from_every_rank, own_rank, sum_over_ranks
+
+# Parameters of a rank, and ranks, that a message names
+_TOLD = 3
 
 # Errors that keep their type when another rank raises them too
 _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
@@ -21,12 +24,14 @@ class Agreement:
     Attributes:
         replan: Whether parameters changed on any rank.
         idle: Whether every rank sees rates of zero and gradients of zero.
+        nonfinite: Whether a gradient on any rank holds NaN or an infinity.
         gradients: For each parameter, how many ranks have a gradient.
         unreduced: For each parameter, how many ranks have one that must be redistributed first.
     """
 
     replan: bool
     idle: bool
+    nonfinite: bool
     gradients: tuple[int, ...]
     unreduced: tuple[int, ...]
 
@@ -37,6 +42,7 @@ def agree(
     *,
     replan: bool,
     idle: bool,
+    nonfinite: bool,
     gradients: Sequence[bool],
     unreduced: Sequence[bool],
     error: Exception | None,
@@ -48,6 +54,7 @@ def agree(
         device: Where tensors of the group live.
         replan: Whether this rank's parameters changed since the plan was made.
         idle: Whether this rank sees rates and gradients of zero.
+        nonfinite: Whether this rank sees NaN or an infinity.
         gradients: Whether this rank has a gradient, by parameter in the order of the plan.
         unreduced: Whether that gradient must be redistributed first.
         error: What this rank could not do.
@@ -55,15 +62,16 @@ def agree(
     Raises:
         Exception: the error of the lowest rank that has one, on every rank.
     """
-    flags = [int(error is not None), int(replan), int(idle)]
+    flags = [int(error is not None), int(replan), int(idle), int(nonfinite)]
     # two counts in one number: a parameter that must be redistributed counts once in the upper half too
     marks = [int(has) + (int(late) << 15) for has, late in zip(gradients, unreduced, strict=True)]
-    failed, replans, idles, *counts = sum_over_ranks([*flags, *marks], group, device)
+    failed, replans, idles, stained, *counts = sum_over_ranks([*flags, *marks], group, device)
     if failed:
         raise_on_all(group, error)
     return Agreement(
         replans > 0,
         idles == dist.get_world_size(group),
+        stained > 0,
         tuple(count & 0x7FFF for count in counts),
         tuple(count >> 15 for count in counts),
     )
@@ -111,3 +119,29 @@ def check_replicas(
                     f"{by_presence[False]} have None: average gradients over the replicas first (DDP with "
                     "find_unused_parameters=True does), or set it to zeros where it is None."
                 )
+
+
+def raise_nonfinite(group: dist.ProcessGroup | None, names: Sequence[str]) -> None:
+    """Name the gradients that hold NaN or an infinity; all ranks of the group call this together.
+
+    Args:
+        group: The ranks; None where this rank is alone.
+        names: Of the parameters whose gradient on this rank is such.
+
+    Raises:
+        FloatingPointError: on every rank, with the same text.
+    """
+    ranks = [own_rank()] if group is None else dist.get_process_group_ranks(group)
+    told = [list(names)] if group is None else from_every_rank(list(names), group)
+    found = [f"{_listed(theirs)} on rank {rank}" for rank, theirs in zip(ranks, told, strict=True) if theirs]
+    more = f"; and on {len(found) - _TOLD} more ranks" if len(found) > _TOLD else ""
+    raise FloatingPointError(
+        f"NaN or an infinity in the gradient of {'; '.join(found[:_TOLD])}{more}: nothing was updated. Lower the "
+        "learning rate or clip gradients, and look at what the loss was made of; on_nonfinite='skip' leaves such steps "
+        "out."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return ", ".join(map(repr, names[:_TOLD])) + more
