@@ -1,1 +1,5 @@
-"""How state moves: what loading needs beyond torch, and the formats of other Muons."""
+"""How state moves: what loading needs beyond torch, what is compared then, and the formats of other Muons."""
+
+from distmuon.checkpoint.routing_table import differences, enumerate_differences, routing_table
+
+__all__ = ["differences", "enumerate_differences", "routing_table"]
