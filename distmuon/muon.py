@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind
-from distmuon.checkpoint.loading import merge_groups, place_steps, restore_momentum
+from distmuon.checkpoint.fitting import fit
+from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import (
@@ -32,7 +33,7 @@ from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
 from distmuon.pipeline import LocalParameter
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
-from distmuon.rest import create_state, step_adamw
+from distmuon.rest import complete_state, create_state, step_adamw
 from distmuon.stats import StepClock, step_stats
 
 logger = logging.getLogger("distmuon")
@@ -335,7 +336,9 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
-        State keys: ``momentum_buffer`` for matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest.
+        State keys: ``momentum_buffer`` for matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest. Where
+        some state or a gradient is there, state that is still missing is made, zeros, so that what
+        ``torch.distributed.checkpoint`` saves and restores by this is complete.
 
         Raises:
             RuntimeError: if momentum is on its owners only and was not consolidated since the last step.
@@ -345,21 +348,29 @@ class Muon(Optimizer):
                 "with distmuon.ddp_hook each rank keeps momentum of its own matrices only: call "
                 "optimizer.consolidate_state_dict() on all ranks before state_dict()."
             )
+        complete_state(self.param_groups, self.state, self._options)
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, changed: str = "error") -> None:
         """Load the state of this class, or of :class:`torch.optim.Muon` over the same groups.
 
-        Momentum is kept in ``momentum_dtype`` where that is set. Group keys that the state lacks keep their
-        present values.
+        Parameters are found by name where both sides have names, else by position. Momentum is kept in
+        ``momentum_dtype`` where that is set. Group keys that the state lacks keep their present values. Whole
+        tensors are cut to what a rank stores.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned, here or in another layout.
+            changed: What to do if parameters moved between Muon and AdamW, were renamed, have another shape, are
+                missing or new: ``"error"``, or ``"reset"`` to load what is unchanged by name, however it is
+                grouped, and let the others start without state, with a warning that lists them.
 
         Raises:
-            ValueError: if the groups differ in number or size, in who updates them, or ask for what the engine
-                of this optimizer does not run; nothing is changed then.
+            ValueError: if parameters changed, listing them; if the groups differ in number or size, in who updates
+                them, or ask for what the engine of this optimizer does not run; nothing is changed then.
         """
-        groups = merge_groups(state_dict["param_groups"], self.param_groups)
-        check_loaded(groups, self._options)
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        state_dict = fit(state_dict, self.param_groups, changed=changed)
+        check_loaded(state_dict["param_groups"], self._options)
+        super().load_state_dict(state_dict)
         self._momentum_is_split = False
         place_steps(self, fused=self._options.fused)
         if self._options.momentum_dtype is not None:

@@ -18,13 +18,28 @@ from distmuon.participation import Turn
 def create_state(turn: Turn, state: dict[Tensor, dict[str, Any]], options: Options) -> None:
     """Make the state of the parameters that take part and have none: of their shape, mesh and placements."""
     for entry in turn.entries:
-        kept = state[entry.param]
-        if not kept and entry.fact.use_muon:
-            kept["momentum_buffer"] = torch.zeros_like(
-                entry.param, dtype=options.momentum_dtype, memory_format=torch.preserve_format
-            )
-        elif not kept:
-            kept.update(init_state(entry.param, fused=options.fused))
+        if not state[entry.param]:
+            state[entry.param].update(_blank_state(entry.param, entry.fact.use_muon, options))
+
+
+def complete_state(groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
+    """Make the state that the next steps would, for all trainable parameters, once training has begun.
+
+    ``torch.distributed.checkpoint`` restores what the optimizer has when it is about to load. It makes that by a dummy
+    step, which it leaves out if there is any state or gradient.
+    """
+    params = [(param, group["use_muon"]) for group in groups for param in group["params"]]
+    if state or any(param.grad is not None for param, _ in params):
+        for param, use_muon in params:
+            if param.requires_grad and not state.get(param):
+                state[param] = _blank_state(param, use_muon, options)
+
+
+def _blank_state(param: Tensor, use_muon: bool, options: Options) -> dict[str, Any]:
+    if not use_muon:
+        return dict(init_state(param, fused=options.fused))
+    momentum = torch.zeros_like(param, dtype=options.momentum_dtype, memory_format=torch.preserve_format)
+    return {"momentum_buffer": momentum}
 
 
 def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:

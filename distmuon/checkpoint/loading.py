@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-
-
-def merge_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complete saved groups with the keys that only the present ones have.
-
-    A state dict of torch.optim.Muon says nothing of ``use_muon``, ``betas`` or ``flatten``.
-
-    Raises:
-        ValueError: if the groups differ in number, or a group changed between Muon and AdamW.
-    """
-    if len(saved) != len(current):
-        raise ValueError(
-            f"the state dict has {len(saved)} parameter groups and the optimizer {len(current)}: build the "
-            "optimizer with the groups of the run that saved it."
-        )
-    merged = []
-    for index, (old, new) in enumerate(zip(saved, current, strict=True)):
-        if old.get("use_muon", new["use_muon"]) != new["use_muon"]:
-            names = ("AdamW", "Muon")
-            raise ValueError(
-                f"group {index} was saved on {names[old['use_muon']]} and is on {names[new['use_muon']]} now: its "
-                "state does not carry over. Route it as before, or start without optimizer state."
-            )
-        merged.append({**{key: value for key, value in new.items() if key != "params"}, **old})
-    return merged
 
 
 def restore_momentum(optimizer: Optimizer, state_dict: dict[str, Any], dtype: torch.dtype) -> None:

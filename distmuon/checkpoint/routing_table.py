@@ -65,6 +65,11 @@ def differences(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Ma
     return [text for text in found if text]
 
 
+def changed_parameters(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Names of parameters in both tables that have another route or shape."""
+    return {name for name, entry in present.items() if name in saved and _changed(name, saved[name], entry)}
+
+
 def enumerate_differences(found: Sequence[str]) -> str:
     """Join texts for an error message: up to ten, then how many more there are."""
     more = len(found) - _SHOWN

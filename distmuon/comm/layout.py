@@ -118,6 +118,42 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach() if dtensor is None else dtensor.to_local()
 
 
+def lay_out(what: str, value: Tensor, param: Tensor) -> Tensor:
+    """Give a loaded tensor the layout of its parameter, without talking to other ranks.
+
+    Args:
+        what: For the message.
+        value: Of the parameter's global shape: whole, or laid out as the parameter is.
+        param: The parameter.
+
+    Raises:
+        ValueError: if it is laid out in another way.
+    """
+    theirs, ours = as_dtensor(value), as_dtensor(param)
+    if ours is None and theirs is None:
+        return value
+    if theirs is not None and ours is not None and _laid_out_alike(theirs, ours):
+        return value
+    if theirs is not None or ours is None:
+        layouts = ["a plain tensor" if t is None else f"{t.placements} on {t.device_mesh}" for t in (theirs, ours)]
+        raise ValueError(
+            f"{what} is {layouts[0]} and the parameter {layouts[1]}: save and load over other layouts with "
+            "torch.distributed.checkpoint and its get_optimizer_state_dict and set_optimizer_state_dict."
+        )
+    from torch.distributed.tensor import DTensor
+
+    box = read_layout(what, param, None).box
+    mine = value[tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))]
+    local = mine.to(param.device, copy=True, memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local, ours.device_mesh, ours.placements, run_check=False, shape=ours.shape, stride=ours.stride()
+    )
+
+
+def _laid_out_alike(a: DTensor, b: DTensor) -> bool:
+    return a.placements == b.placements and torch.equal(a.device_mesh.mesh, b.device_mesh.mesh)
+
+
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> bool:
     """Look at a gradient without talking to other ranks.
 

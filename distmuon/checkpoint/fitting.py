@@ -1,0 +1,111 @@
+"""A state dict brought into the groups and layouts of an optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distmuon.checkpoint.matching import Match, find_match, names_of
+from distmuon.checkpoint.routing_table import enumerate_differences
+from distmuon.comm.layout import lay_out
+from distmuon.groups import Group, group_names
+
+_RESET = contextvars.ContextVar("distmuon.checkpoint.reset_changed", default=False)
+
+
+@contextlib.contextmanager
+def reset_changed() -> Iterator[None]:
+    """Load with ``changed="reset"`` what other code loads: ``set_optimizer_state_dict``, accelerate, a trainer.
+
+    Inside of it :meth:`distmuon.Muon.load_state_dict` lets parameters that changed start without state.
+    """
+    token = _RESET.set(True)
+    try:
+        yield
+    finally:
+        _RESET.reset(token)
+
+
+def fit(state_dict: Mapping[str, Any], groups: Sequence[Group], *, changed: str) -> dict[str, Any]:
+    """Find the state of each parameter, by name where both sides have names and else by position.
+
+    Args:
+        state_dict: Not written.
+        groups: The present parameter groups.
+        changed: ``"error"`` or ``"reset"``, see :meth:`distmuon.Muon.load_state_dict`.
+
+    Returns:
+        A state dict for ``torch.optim.Optimizer.load_state_dict``: the present groups with the saved settings, and
+        state in the layouts of the parameters. It shares tensors with the one given.
+
+    Raises:
+        ValueError: listing the parameters that moved between Muon and AdamW, have another shape or name, are missing
+            or new; or if groups differ otherwise, or state is laid out over other ranks.
+    """
+    if changed not in ("error", "reset"):
+        raise ValueError(f"changed={changed!r}: it is 'error' or 'reset'.")
+    reset = changed == "reset" or _RESET.get()
+    match = find_match(state_dict["param_groups"], state_dict["state"], groups, reset=reset)
+    if not reset:
+        _refuse_changes(match)
+    _warn_of_changes(match)
+    merged, state = _assemble(match, state_dict["state"], groups)
+    return {**state_dict, "state": state, "param_groups": merged}
+
+
+def _refuse_changes(match: Match) -> None:
+    if match.found:
+        raise ValueError(
+            f"the state dict is not of the parameters that the optimizer has: {enumerate_differences(match.found)}. "
+            "Build the model and the optimizer as in the run that saved it, or let these parameters start without "
+            "state by load_state_dict(..., changed='reset') or with distmuon.checkpoint.reset_changed()."
+        )
+    if match.regrouped:
+        raise ValueError(
+            f"{match.regrouped}: build the optimizer with the groups of the run that saved it, or load by name with "
+            "load_state_dict(..., changed='reset')."
+        )
+
+
+def _warn_of_changes(match: Match) -> None:
+    unset = ", ".join(str(index) for index, settings in enumerate(match.settings) if settings is None)
+    texts = []
+    if match.found:
+        texts.append(f"these parameters changed and start without state: {enumerate_differences(match.found)}")
+    if match.elsewhere:
+        texts.append(f"the optimizer lacks parameters of the state dict: {enumerate_differences(match.elsewhere)}")
+    if unset and (match.found or match.regrouped):
+        texts.append(f"group {unset} keeps its present settings, as its parameters had no group of their own")
+    if texts:
+        warnings.warn(f"{'; '.join(texts)}.", stacklevel=4)
+
+
+def _assemble(
+    match: Match, state: Mapping[Hashable, Any], groups: Sequence[Group]
+) -> tuple[list[Group], dict[Hashable, Any]]:
+    """The present groups with saved settings, and the state that their parameters keep."""
+    named = names_of(groups) is not None
+    merged: list[Group] = []
+    kept: dict[Hashable, Any] = {}
+    for index, (group, settings, ids) in enumerate(zip(groups, match.settings, match.ids, strict=True)):
+        # a parameter without state needs a key that no other has
+        params = [(index, place) if id_ is None else id_ for place, id_ in enumerate(ids)]
+        new = {**group, **(settings or {}), "params": params, "use_muon": group["use_muon"]}
+        if named:
+            new["param_names"] = group["param_names"]
+        elif any(isinstance(id_, str) for id_ in ids):
+            new.pop("param_names", None)  # in the order of the saved groups, not of these parameters
+        merged.append(new)
+        for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
+            if id_ is not None and id_ in state:
+                kept[id_] = {key: _lay_out(f"{key} of {name!r}", value, param) for key, value in state[id_].items()}
+    return merged, kept
+
+
+def _lay_out(what: str, value: Any, param: Tensor) -> Any:
+    return lay_out(what, value, param) if isinstance(value, Tensor) and value.shape == param.shape else value
