@@ -21,6 +21,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     owners: Mapping[Tensor, int] | None = None,
+    keep_nonfinite: bool = False,
 ) -> Tensor:
     r"""Scale gradients in place so that the norm of all of them together is at most ``max_norm``.
 
@@ -53,6 +54,8 @@ def clip_grad_norm_(
         owners: Plain parameters whose gradient is valid on one rank only, and that rank in the default group: what a
             DDP communication hook leaves that reduces a gradient to its owner. Counted on the owner, scaled on all
             ranks. Give the same on all ranks. Other plain gradients are taken for replicated.
+        keep_nonfinite: Leave gradients as they are if the norm is NaN or infinite, instead of making all of them NaN
+            as torch does: so it can still be told which ones were not finite. Does not wait for the device.
 
     Returns:
         The norm before clipping, a plain 0-d tensor, equal on all ranks. Over several ranks it is float32, or float64
@@ -72,8 +75,13 @@ def clip_grad_norm_(
         if not tensors and isinstance(parameters, types.GeneratorType):
             warnings.warn("parameters is an empty generator, perhaps a used one: nothing is clipped.", stacklevel=3)
     reduction = norms.plan_reduction(tensors, owners)
-    if reduction is None:
+    if reduction is None and not keep_nonfinite:
         return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+    if reduction is None:
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        total = nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite, foreach)
+        nn.utils.clip_grads_with_norm_(tensors, max_norm, _finite(total), foreach)
+        return total
     norm_type = float(norm_type)
     total = norms.total_norm(tensors, norm_type, reduction, owners, foreach)
     if error_if_nonfinite and not total.isfinite():
@@ -81,8 +89,14 @@ def clip_grad_norm_(
             f"the norm of order {norm_type} of all gradients is {total.item()}, and error_if_nonfinite=True wants a "
             "finite one: find the step that makes it with torch.autograd.detect_anomaly, or skip this update."
         )
-    nn.utils.clip_grads_with_norm_(_holders(norms.local_gradients(tensors)), max_norm, total, foreach)
+    bound = _finite(total) if keep_nonfinite else total
+    nn.utils.clip_grads_with_norm_(_holders(norms.local_gradients(tensors)), max_norm, bound, foreach)
     return total
+
+
+def _finite(norm: Tensor) -> Tensor:
+    """The norm to clip by: zero, which scales nothing, in place of one that is not finite."""
+    return torch.where(norm.isfinite(), norm, 0.0)
 
 
 def _holders(gradients: list[Tensor]) -> list[Tensor]:

@@ -18,7 +18,7 @@ try:
         TrainConfig,
     )
     from distmuon.pretrain.data import DataConfig
-    from distmuon.pretrain.errors import UserError
+    from distmuon.pretrain.errors import RankLost, UserError
     from distmuon.pretrain.interrupt import Interrupted
     from distmuon.pretrain.parse import load_config
     from distmuon.pretrain.report import Summary
@@ -39,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "RankLost",
     "Summary",
     "TrainConfig",
     "UserError",

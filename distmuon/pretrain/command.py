@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import rich
 from rich.logging import RichHandler
 
-from distmuon.pretrain.errors import AgreedError, UserError
+from distmuon.pretrain.atonce import EndsAtOnce
+from distmuon.pretrain.config import validate
+from distmuon.pretrain.errors import AgreedError, RankLost, UserError
 from distmuon.pretrain.interrupt import Interrupted
 from distmuon.pretrain.parse import parse_command
 from distmuon.pretrain.processes import agreed, process_group, rank
 from distmuon.pretrain.progress import wants_bar
+from distmuon.pretrain.requeue import LOST, exit_code, leave_note
 from distmuon.pretrain.run import train
 
 
@@ -29,40 +32,60 @@ def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> in
         prog: Name of the program, for the help.
 
     Returns:
-        The exit code: 0, 1 for a user's error, 128 + signal for an interrupted run.
+        The exit code: 0; 1 for a user's error; `requeue.LOST` if another rank was lost; `requeue.RUN_AGAIN` after
+        SIGTERM or SIGUSR1 with the state saved; 128 + signal after Ctrl-C or with nothing saved.
     """
-    first = rank() == 0
-    debug = "--debug" in arguments or bool(os.environ.get("DISTMUON_DEBUG"))
-    try:
-        with process_group():
+    with EndsAtOnce() as signals:
+        try:
             _train(arguments, prog)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        # what all ranks know is said once
-        if first or not isinstance(error, AgreedError):
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        if first:
-            print(f"{stop}", file=sys.stderr)
-        if first and stop.checkpoint is not None:
-            print(f"resume: {_resume_command(arguments, stop.checkpoint.parent.parent)}", file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        if first:
-            print(
-                "stopped by SIGINT before the first step or by a second Ctrl-C; nothing new is saved", file=sys.stderr
-            )
-        return 130
+        except (UserError, RankLost, Interrupted, KeyboardInterrupt) as error:
+            # a launcher that sees the first rank end sends SIGTERM to the others
+            signals.ignore()
+            if "--debug" in arguments or os.environ.get("DISTMUON_DEBUG"):
+                traceback.print_exc()
+            return _tell(error, arguments)
+        signals.ignore()
     return 0
 
 
 def _train(arguments: Sequence[str], prog: str) -> None:
-    with agreed():
+    mistake: UserError | None = None
+    seconds: float | None = None
+    try:
         command = parse_command(arguments, prog)
-    _set_up_logging(wants_bar(command.config.log.progress))
-    train(command.config, command.resume)
+        validate(command.config)
+        seconds = command.config.parallel.timeout_seconds
+    except UserError as error:
+        mistake = error
+    with process_group(seconds):
+        with agreed():
+            if mistake is not None:
+                raise mistake
+        _set_up_logging(wants_bar(command.config.log.progress))
+        train(command.config, command.resume)
+
+
+def _tell(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say what ended the run, and give the exit code; what all ranks know is said once."""
+    first = rank() == 0
+    if isinstance(error, RankLost):
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
+    if isinstance(error, UserError):
+        if first or not isinstance(error, AgreedError):
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not isinstance(error, Interrupted):
+        if first:
+            print("stopped by a second Ctrl-C, in the middle of a step; nothing new is saved", file=sys.stderr)
+        return 130
+    if first:
+        print(f"{error}", file=sys.stderr)
+    if first and error.checkpoint is not None:
+        command = _resume_command(arguments, error.checkpoint.parent.parent)
+        leave_note(error, command)
+        print(f"resume: {command}", file=sys.stderr)
+    return exit_code(error)
 
 
 def _set_up_logging(bar: bool) -> None:

@@ -124,11 +124,14 @@ class ParallelConfig:
         dp_shard: Processes that share one copy's parameters, gradients and optimizer state (FSDP2); -1: whatever is
             left.
         tp: Processes that share each matrix product (tensor parallelism); -1: whatever is left.
+        timeout_seconds: How long a process waits for the others in a collective before it takes one of them for
+            stalled and ends; null: what torch takes, 30 minutes between CPUs and 10 between GPUs.
     """
 
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
+    timeout_seconds: float | None = None
 
 
 @dataclass
@@ -161,10 +164,18 @@ class CheckpointConfig:
     Attributes:
         every: Steps between checkpoints, one more at the end; 0: no checkpoints at all.
         keep: Newest checkpoints that are kept.
+        async_save: Write checkpoints while training goes on, from a copy in host memory.
+        verify: Compare all files of a checkpoint with the checksums that they were written with before a resume; sizes
+            are compared always.
+        routing_changes: What a resume does if another algorithm updates a parameter than the one that wrote the
+            checkpoint; reset: start the optimizer state of such parameters anew.
     """
 
     every: int = 500
     keep: int = 2
+    async_save: bool = True
+    verify: bool = True
+    routing_changes: Literal["error", "reset"] = "error"
 
 
 @dataclass
@@ -222,6 +233,11 @@ def validate(config: Config) -> None:
         value = get(config, key)
         if value is not None and value < least:
             raise UserError(f"{key} is {value}, and it must be at least {least}: raise it.")
+    timeout = config.parallel.timeout_seconds
+    if timeout is not None and timeout <= 0:
+        raise UserError(
+            f"parallel.timeout_seconds is {timeout:g}, and a wait takes longer: give more, or null for torch's default."
+        )
     train, optim = config.train, config.optim
     if (train.tokens is None) == (train.steps is None):
         way = "give one of them" if train.tokens is None else "set the other to null, as in --train.steps null"

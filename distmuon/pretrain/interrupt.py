@@ -1,12 +1,21 @@
-"""Ctrl-C and SIGTERM end a run at a step boundary instead of in the middle of one."""
+"""Signals end a run at a step boundary instead of in the middle of one."""
 
 from __future__ import annotations
 
 import pathlib
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
+
+# Ctrl-C; what ends a job; and the warning that Slurm sends before it does (not on every system)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if isinstance(getattr(signal, name, None), int)
+)
+
+REPEAT_S = 1.0
+"""Seconds in which a further signal is taken for the same one: launchers and batch systems both send it."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -25,22 +34,28 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class InterruptGuard:
-    """Notes SIGINT and SIGTERM inside a ``with`` block; a second one acts at once.
+    """Notes SIGINT, SIGTERM and SIGUSR1 inside a ``with`` block; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    Further SIGTERMs and SIGUSR1s change nothing: the run is on its way to its end, and what wants it gone sends
+    SIGKILL. Outside the main thread, where Python allows no handlers, it does nothing.
 
     Attributes:
-        received: The signal that came, or None.
+        received: The signal that came first, or None.
+        stage: Of this process: ``"before"`` the first guard, ``"inside"`` of one, or ``"after"``.
     """
+
+    stage: ClassVar[str] = "before"
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._noted = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._note)
+            InterruptGuard.stage = "inside"
         return self
 
     def __exit__(
@@ -49,13 +64,15 @@ class InterruptGuard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        self._restore()
-
-    def _restore(self) -> None:
+        if self._previous:
+            InterruptGuard.stage = "after"
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._noted = signum, now
+        elif signum == signal.SIGINT and now - self._noted > REPEAT_S:
+            raise KeyboardInterrupt

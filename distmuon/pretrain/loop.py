@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import distmuon
 from distmuon.pretrain.batch import BatchPlan
-from distmuon.pretrain.checkpoint import AppState
+from distmuon.pretrain.checkpoint import AppState, Saver
 from distmuon.pretrain.config import Config
-from distmuon.pretrain.errors import AgreedError
 from distmuon.pretrain.evaluate import Validation, language_model_loss
+from distmuon.pretrain.finite import FiniteGuard
 from distmuon.pretrain.interrupt import Interrupted, InterruptGuard
 from distmuon.pretrain.memory import peak_memory_gib
 from distmuon.pretrain.metrics import Record
 from distmuon.pretrain.optimizer import learning_rates, step_stats
 from distmuon.pretrain.parallel import Layout
+from distmuon.pretrain.phase import phase
 from distmuon.pretrain.precision import autocast, synchronize
 from distmuon.pretrain.processes import average_, largest
 from distmuon.pretrain.report import BITS_PER_BYTE, TRAIN_LOSS, VALIDATION_LOSS
@@ -73,13 +73,13 @@ class Hooks:
         advance: After each step, with the number of steps done.
         record: With each record of metrics, the same on all ranks but for times and memory.
         validate: Runs a validation.
-        save: Saves a checkpoint of a step and returns its folder; None with checkpoints switched off.
+        saver: Saves checkpoints; None with checkpoints switched off.
     """
 
     advance: Callable[[int], None]
     record: Callable[[Record], None]
     validate: Callable[[], Validation]
-    save: Callable[[int], pathlib.Path] | None
+    saver: Saver | None
 
 
 class Loop:
@@ -93,7 +93,7 @@ class Loop:
     def __init__(self, parts: Parts, hooks: Hooks) -> None:
         self._parts, self._hooks = parts, hooks
         self._batches = iter(parts.loader)
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=parts.device)
+        self._finite = FiniteGuard(parts.config, parts.optimizer, parts.device)
         self._watch = _StopWatch(parts.state.progress["seconds"])
         self._last = _Window(int(parts.state.progress["step"]), self._watch.seconds)
 
@@ -102,7 +102,8 @@ class Loop:
 
         Raises:
             Interrupted: If a signal came; the state is saved then.
-            AgreedError: If the loss is not finite.
+            AgreedError: If the loss or its gradient is not finite.
+            RankLost: If another rank ended or stalled.
         """
         steps, every = self._parts.plan.steps, self._parts.config.checkpoint.every
         step = int(self._parts.state.progress["step"])
@@ -111,18 +112,35 @@ class Loop:
             while step < steps:
                 step += 1
                 self._step(step)
-                # one rank's signal stops all at the same step
-                signum = largest(guard.received or 0)
+                signum = self._signal(guard, step)
                 stop = signum > 0 and step < steps
-                checkpoint = None
-                if self._hooks.save is not None and (stop or step == steps or step % every == 0):
-                    self._check_finite()
+                checkpoint, saver = None, self._hooks.saver
+                if saver is not None:
+                    with phase("checkpoint", step):
+                        saver.poll()
+                if saver is not None and (stop or step == steps or step % every == 0):
+                    self._finite.check()
                     self._watch.stop()
                     self._parts.state.progress["seconds"] = self._watch.seconds
-                    checkpoint = self._hooks.save(step)
+                    with phase("checkpoint", step):
+                        checkpoint = saver.save(step)
+                        if stop or step == steps:
+                            saver.wait()
                     self._watch.start()
+                    if not stop and step < steps:
+                        # one that came while the state was saved needs no further step
+                        signum = self._signal(guard, step)
+                        stop = signum > 0
                 if stop:
+                    if saver is not None:
+                        with phase("checkpoint", step):
+                            saver.wait()
                     raise Interrupted(signum, step, checkpoint)
+
+    def _signal(self, guard: InterruptGuard, step: int) -> int:
+        """The signal that any rank got, the same on all: it stops them at the same step; 0: none."""
+        with phase("agreement of the ranks at the end", step):
+            return largest(guard.received or 0)
 
     def _step(self, step: int) -> None:
         parts, config = self._parts, self._parts.config
@@ -132,16 +150,21 @@ class Loop:
         if logs:
             synchronize(parts.device)
         began = time.perf_counter()
-        loss, norm = self._forward_backward(step)
+        with phase("forward and backward pass", step):
+            loss = self._forward_backward(step)
+        with phase("clipping", step):
+            norm = self._clip()
+        self._finite.note(step, loss, norm)
         rates = learning_rates(parts.optimizer)
-        optimizer_s = self._update(timed=logs)
+        with phase("optimizer step", step), self._finite.deciding(step):
+            optimizer_s = self._update(timed=logs)
         step_s = time.perf_counter() - began
         tokens = step * parts.plan.tokens
         parts.state.progress.update(step=step, tokens=tokens)
         self._hooks.advance(step)
         # on a CPU looking at the loss is free, on an accelerator it waits for the step
         if logs or evaluates or parts.device.type == "cpu":
-            self._check_finite()
+            self._finite.check()
         if not (logs or evaluates):
             return
         record: Record = {"step": step, "tokens": tokens, "seconds": round(self._watch.lap(), 6)}
@@ -151,17 +174,20 @@ class Loop:
             record["optim/step_ms"] = optimizer_s * 1e3
             record["optim/pct_of_step"] = 100.0 * optimizer_s / step_s
             record.update(step_stats(parts.optimizer))
+            if self._finite.skipped_steps is not None:
+                record["optim/skipped_steps"] = self._finite.skipped_steps
         if evaluates:
             self._watch.stop()
-            found = self._hooks.validate()
+            with phase("validation", step):
+                found = self._hooks.validate()
             self._watch.start()
             record[VALIDATION_LOSS] = found.loss
             if found.bits_per_byte is not None:
                 record[BITS_PER_BYTE] = found.bits_per_byte
         self._hooks.record(record)
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of a step; returns loss and gradient norm before clipping, of all ranks."""
+    def _forward_backward(self, step: int) -> Tensor:
+        """Accumulate the gradients of a step; returns the loss, of all ranks."""
         parts, passes = self._parts, self._parts.plan.accumulation
         total = torch.zeros((), device=parts.device)
         for number in range(1, passes + 1):
@@ -175,16 +201,17 @@ class Loop:
                     loss = language_model_loss(parts.placed.wrapped, input_ids, labels) / passes
                 loss.backward()
             total += loss.detach()
-        average_(total)
-        norm = self._clip()
-        bad = ~(torch.isfinite(total) & torch.isfinite(norm)) & (self._first_bad == 0)
-        self._first_bad = torch.where(bad, step, self._first_bad)
-        return total, norm
+        return average_(total)
 
     def _clip(self) -> Tensor:
+        """Clip the gradients; returns their norm before, of all ranks.
+
+        Gradients of a norm that is not finite stay as they are, as scaling would make all of them NaN.
+        """
         parameters = list(self._parts.placed.model.parameters())
         settle_gradients(parameters)
-        return distmuon.clip_grad_norm_(parameters, self._parts.config.optim.grad_clip or math.inf)
+        bound = self._parts.config.optim.grad_clip or math.inf
+        return distmuon.clip_grad_norm_(parameters, bound, keep_nonfinite=True)
 
     def _update(self, *, timed: bool) -> float:
         """Step optimizer and schedule; returns the optimizer's seconds where they were asked for."""
@@ -218,18 +245,6 @@ class Loop:
             record["mfu(%)"] = 100.0 * speed * parts.flops_per_token / parts.peak_flops
         self._last = _Window(step, self._watch.seconds)
         return record
-
-    def _check_finite(self) -> None:
-        step = int(self._first_bad)
-        if step == 0:
-            return
-        lr = self._parts.config.optim.lr
-        saved = self._hooks.save is not None and step > self._parts.config.checkpoint.every
-        way = "go on from the last checkpoint with --resume auto" if saved else "start again"
-        raise AgreedError(
-            f"the loss or its gradient is not finite at step {step} with optim.lr {lr:g}: {way} and a lower rate, "
-            f"such as --optim.lr {lr / 3:.1g}; what was written up to then is kept."
-        )
 
 
 @dataclass

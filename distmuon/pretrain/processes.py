@@ -7,13 +7,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmuon.pretrain.errors import AgreedError, UserError
+from distmuon.pretrain.errors import AgreedError, RankLost, UserError
+from distmuon.pretrain.phase import lost_others, phase, short_reason
 
 T = TypeVar("T")
 
@@ -34,30 +36,54 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
+def process_group(timeout_seconds: float | None = None) -> Iterator[None]:
     """The default process group for the while of a ``with`` block.
 
     Gloo for CPU tensors, and NCCL for CUDA ones where torch has it. A single process needs none and gets none, and
     a group that is there already is used and left alone.
 
+    Args:
+        timeout_seconds: How long a collective may wait for another rank; None: torch's defaults.
+
     Raises:
         UserError: If several processes were started without saying where they meet.
+        RankLost: If a collective in the block fails because another rank ended or stalled.
     """
     if dist.is_initialized() or world_size() == 1:
-        yield
+        with phase("set-up or the end of the run"):
+            yield
         return
+    _meet(timeout_seconds)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with phase("set-up or the end of the run"):
+            yield
+    except RankLost:
+        # an orderly end would wait for the one that is lost
+        raise
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _meet(timeout_seconds: float | None) -> None:
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
     except ValueError as error:  # torch's for environment variables that are missing
         reason = " ".join(str(error).split())
         raise UserError(
             f"WORLD_SIZE is {world_size()}, and the processes cannot meet ({reason}): start them with torchrun, or "
             "unset WORLD_SIZE to train with one."
         ) from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        raise RankLost(
+            f"rank {rank()}: the {world_size()} processes of this run did not all meet ({short_reason(error)}): see "
+            "what the others said, and start them all again."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import pathlib
 
 import torch
 from torch import nn
@@ -15,13 +14,7 @@ from transformers import PretrainedConfig
 from distmuon._version import __version__
 from distmuon.pretrain.batch import plan_batches
 from distmuon.pretrain.changes import check_changes, write_config
-from distmuon.pretrain.checkpoint import (
-    AppState,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    set_aside_newer,
-)
+from distmuon.pretrain.checkpoint import AppState, Saver, load_checkpoint, newest_checkpoint, set_aside_newer
 from distmuon.pretrain.config import Config, flatten, validate
 from distmuon.pretrain.data import Corpus, check_vocabulary, open_corpus, train_loader, val_batches
 from distmuon.pretrain.evaluate import Validation, evaluate
@@ -35,6 +28,7 @@ from distmuon.pretrain.precision import choose_device, choose_dtype, describe, s
 from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first, process_group, rank, world_size
 from distmuon.pretrain.progress import Display, open_display
 from distmuon.pretrain.report import Summary, plot_loss, summarize
+from distmuon.pretrain.requeue import take_note
 from distmuon.pretrain.runfolder import RunFolder, open_run_folder
 from distmuon.pretrain.sample import sample_text
 from distmuon.pretrain.schedule import build_scheduler
@@ -62,22 +56,24 @@ def train(config: Config, resume: str | None = None) -> Summary:
 
     Raises:
         UserError: For a setting that cannot work, or a loss that is not finite.
-        Interrupted: After Ctrl-C or SIGTERM, the state saved.
+        Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, the state saved.
+        RankLost: If another rank ended or stalled.
     """
     with agreed():
         validate(config)
         layout = resolve_layout(config.parallel, world_size())
         check_features(layout, config.train)
-    with process_group():
+    with process_group(config.parallel.timeout_seconds):
         _check_settings(config)
         set_up_torch(config.train)
         corpus = _open_corpus(config)
         config, parts = _build(config, corpus, layout)
         # the run folder is made after all that can be refused was looked at
-        folder = on_first(lambda: open_run_folder(config.log, resume))
+        folder = open_run_folder(config.log, resume, verify=config.checkpoint.verify)
         if folder.resume_from is not None:
             on_first(lambda: check_changes(folder.config, config))
-            load_checkpoint(folder.resume_from, parts.state)
+            load_checkpoint(folder.resume_from, parts.state, config.checkpoint.routing_changes)
+            on_first(lambda: take_note(folder.path))
             if parts.state.progress["step"] >= parts.plan.steps:
                 return _finished_before(parts, folder, corpus)
         on_first(lambda: _prepare_folder(config, parts, folder))
@@ -139,7 +135,7 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         model,
         lm_config,
         layout,
-        build_mesh(layout, device),
+        build_mesh(layout, device, config.parallel.timeout_seconds),
         device=device,
         dtype=dtype,
         compile=config.train.compile,
@@ -219,12 +215,16 @@ def _run_loop(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
         progress = config.log.progress if rank() == 0 else "off"
         display = open_display(progress, steps=parts.plan.steps, done=step)
         stack.callback(display.close)
-        save = functools.partial(_save, parts.state, folder.checkpoints, config.checkpoint.keep)
+        saver = None
+        if config.checkpoint.every > 0:
+            saver = stack.enter_context(
+                Saver(folder.checkpoints, parts.state, config.checkpoint, layout=str(parts.layout))
+            )
         hooks = Hooks(
             advance=display.advance,
             record=functools.partial(_record, sinks, display),
             validate=functools.partial(_validate, parts, corpus),
-            save=save if config.checkpoint.every > 0 else None,
+            saver=saver,
         )
         Loop(parts, hooks).run()
 
@@ -253,10 +253,6 @@ def _validate(parts: Parts, corpus: Corpus) -> Validation:
         dtype=parts.dtype,
         copies=layout.tp,
     )
-
-
-def _save(state: AppState, folder: pathlib.Path, keep: int, step: int) -> pathlib.Path:
-    return save_checkpoint(folder, step, state, keep)
 
 
 def _finish(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,15 +48,25 @@ class Placed:
         return contextlib.nullcontext()
 
 
-def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh | None:
+def build_mesh(layout: Layout, device: torch.device, timeout_seconds: float | None = None) -> DeviceMesh | None:
     """The device mesh of a layout, with the names of ``Layout.mesh_dims``; None for one process.
 
     All ranks have to call it.
+
+    Args:
+        layout: The arrangement of processes.
+        device: Where the model lives.
+        timeout_seconds: How long collectives of its groups may wait for a rank; None: torch's defaults.
     """
     dims = layout.mesh_dims
     if not dims:
         return None
-    return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+    mesh = init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+    if timeout_seconds is not None:
+        # groups of a part of the ranks do not take over the time-out of the group of all
+        for group in mesh.get_all_groups():
+            group.set_timeout(timedelta(seconds=timeout_seconds))
+    return mesh
 
 
 def place(

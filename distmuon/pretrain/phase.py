@@ -1,0 +1,61 @@
+"""What a rank says when a collective cannot go on because another rank ended or stalled."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from distmuon.pretrain.errors import RankLost
+
+# gloo raises plain RuntimeErrors; NCCL and the store have classes of their own
+_LOST = re.compile(
+    r"gloo/transport/|gloo/rendezvous/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|"
+    r"Application timeout caused pair closure"
+)
+
+
+@contextlib.contextmanager
+def phase(name: str, step: int | None = None) -> Iterator[None]:
+    """A part of a run; a collective that fails in it because of another rank becomes a sentence.
+
+    The innermost phase names itself. With one process it does nothing.
+
+    Args:
+        name: As it follows "in the".
+        step: Number of the step that it belongs to, where it belongs to one.
+
+    Raises:
+        RankLost: If another rank ended or stalled. What is raised for other reasons passes unchanged.
+    """
+    try:
+        yield
+    except RankLost:
+        raise
+    except Exception as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1 or not lost_others(error):
+            raise
+        where = name if step is None else f"{name} of step {step}"
+        raise RankLost(
+            f"rank {dist.get_rank()}: in the {where} another rank has probably ended or stalled "
+            f"({short_reason(error)}): see what that rank said, and go on from the last checkpoint with --resume auto."
+        ) from error
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether an exception comes from a connection to another rank that broke or waited too long."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, dist.DistError) or (isinstance(chain, RuntimeError) and _LOST.search(str(chain))):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def short_reason(error: BaseException) -> str:
+    """A message of torch or gloo in one line, without places in their sources and advice."""
+    text = re.sub(r"\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*", "", " ".join(str(error).split()))
+    text = re.sub(r"^rank \d+: ", "", text)
+    return text.split(". This is typically caused by")[0].rstrip(".:")[:300]
