@@ -1,0 +1,67 @@
+"""The format of :class:`distmuon.Muon`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distmuon.checkpoint.formats.entries import (
+    ADAMW_KEYS,
+    ADAMW_STATE,
+    MUON_STATE,
+    Entry,
+    Shapes,
+    StateDict,
+    check_keys,
+    common,
+    has_keys,
+    read_groups,
+    read_state,
+    write_groups,
+)
+from distmuon.groups import GROUP_KEYS
+
+_REQUIRED = ("use_muon", "lr", "weight_decay", "momentum", "adjust_lr_fn", "flatten", "betas")
+_OPTIONAL = tuple(key for key in GROUP_KEYS if key not in (*_REQUIRED, "params"))
+# What a group has beside the settings of its matrices
+_NOT_MUON = ("use_muon", "flatten", "betas", "name")
+
+
+class DistMuon:
+    """``use_muon`` and all settings in the group; see :meth:`distmuon.Muon.state_dict`."""
+
+    name = "distmuon"
+
+    def matches(self, state_dicts: Sequence[StateDict]) -> bool:
+        """Group keys of this class."""
+        return len(state_dicts) == 1 and has_keys(state_dicts, _REQUIRED, _OPTIONAL)
+
+    def read(self, state_dicts: Sequence[StateDict], names: Sequence[str], shapes: Shapes | None) -> list[Entry]:
+        """See :class:`distmuon.checkpoint.formats.entries.Format`."""
+        entries = []
+        for group in read_groups(state_dicts[0], names):
+            check_keys(group, self.name, _REQUIRED, _OPTIONAL)
+            use_muon = group.settings["use_muon"]
+            settings = {
+                key: value
+                for key, value in group.settings.items()
+                if (key not in _NOT_MUON if use_muon else key in ADAMW_KEYS)
+            }
+            for name, state in zip(group.names, group.states, strict=True):
+                kept = read_state(name, state, MUON_STATE if use_muon else ADAMW_STATE)
+                flatten = group.settings["flatten"] if use_muon else None
+                entries.append(Entry(name, group.number, use_muon, settings, kept, flatten))
+        return entries
+
+    def write(self, groups: Sequence[Sequence[Entry]]) -> StateDict:
+        """Groups that say what they know; :meth:`distmuon.Muon.load_state_dict` adds the rest."""
+        written = []
+        for members in groups:
+            keys = dict.fromkeys(key for entry in members for key in entry.settings)
+            settings = {"use_muon": members[0].use_muon, **common(members, keys)}
+            if any(entry.flatten for entry in members):
+                settings["flatten"] = True
+            written.append((settings, [entry.state for entry in members]))
+        state = write_groups(written)
+        for group, members in zip(state["param_groups"], groups, strict=True):
+            group["param_names"] = [entry.name for entry in members]
+        return state
