@@ -30,16 +30,16 @@ def check_changes(saved: pathlib.Path, config: Config) -> None:
     Raises:
         UserError: If the model or the kind of optimizer changed, which no checkpoint survives.
     """
-    if not saved.exists():
+    before = flatten(_read(saved))
+    if not before:
         return
-    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
     now = flatten(dataclasses.asdict(config))
     changed = [
         key
         for key in sorted({*before, *now})
         if _plain(before.get(key)) != _plain(now.get(key)) and not key.startswith(_HARMLESS)
     ]
-    fixed = [key for key in changed if key.startswith(_FIXED)]
+    fixed = [key for key in changed if key.startswith(_FIXED) and not _is_reset(key, config)]
     if fixed:
         raise UserError(
             f"the checkpoint belongs to a run with {_values(fixed, before)}, and this config has "
@@ -53,13 +53,40 @@ def check_changes(saved: pathlib.Path, config: Config) -> None:
 
 
 def write_config(path: pathlib.Path, config: Config, step: int) -> None:
-    """Write the resolved config; another one that is there stays beside it, named for its last step."""
+    """Write the resolved config; another one that is there stays beside it, named for its last step.
+
+    Raises:
+        UserError: If the disk refuses it.
+    """
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    if path.exists():
-        if path.read_text(encoding="utf-8") == text:
-            return
-        path.replace(path.with_name(f"config-until-step-{step}.yaml"))
-    path.write_text(text, encoding="utf-8")
+    try:
+        if path.exists():
+            if path.read_bytes() == text.encode():
+                return
+            path.replace(path.with_name(f"config-until-step-{step}.yaml"))
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free space or set log.dir to a folder you may write to."
+        ) from error
+
+
+def _read(saved: pathlib.Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{saved} cannot be read ({' '.join(str(error).split())}): restore it, or remove it to go on without a "
+            "comparison of the settings."
+        ) from error
+    if tree and not isinstance(tree, dict):
+        raise UserError(f"{saved} holds a {type(tree).__name__}, and it holds sections: restore or remove it.")
+    return tree or {}
+
+
+def _is_reset(key: str, config: Config) -> bool:
+    """Whether the state of another optimizer is let go on purpose."""
+    return key == "optim.name" and config.checkpoint.routing_changes == "reset"
 
 
 def _values(keys: list[str], flat: dict[str, Any]) -> str:

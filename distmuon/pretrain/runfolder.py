@@ -8,9 +8,11 @@ import pathlib
 import re
 from dataclasses import dataclass
 
-from distmuon.pretrain.checkpoint import is_whole, list_checkpoints, newest_checkpoint
+from distmuon.pretrain.checkpoint import find_problem, step_folders, step_of, unfinished
+from distmuon.pretrain.checkpoint.names import is_final, temporary_step
 from distmuon.pretrain.config import LogConfig
-from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.errors import AgreedError, UserError
+from distmuon.pretrain.processes import on_first, rank
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +50,38 @@ class RunFolder:
         return self.path / "summary.json"
 
 
-def open_run_folder(config: LogConfig, resume: str | None) -> RunFolder:
-    """Choose the folder of a run and make it.
+def open_run_folder(config: LogConfig, resume: str | None, *, verify: bool = True) -> RunFolder:
+    """Choose the folder of a run and make it; all ranks have to call it, and get the same one.
 
     Args:
         config: The ``log`` section.
         resume: None for a new run, ``"auto"`` for the newest whole checkpoint of runs of this name (a new
             run when there is none), or a run folder or a ``step-N`` folder.
+        verify: Whether checksums of the checkpoint's files are compared, and not only their sizes.
 
     Raises:
-        UserError: If there is nothing to resume from at a given path, or the folder cannot be made.
+        UserError: If there is nothing whole to resume from at a given path, if ``auto`` finds broken checkpoints
+            alone, or if the folder cannot be made.
     """
     base = pathlib.Path(config.dir) / (config.name or "run")
     if resume is None:
-        return RunFolder(_make_new(base))
+        return RunFolder(on_first(lambda: _make_new(base)))
     if resume != "auto":
-        checkpoint = _find(pathlib.Path(resume))
+        checkpoint = _find(pathlib.Path(resume), verify)
         return RunFolder(checkpoint.parent.parent, checkpoint)
-    for folder in _same_name(base):
-        newest = newest_checkpoint(folder / "checkpoints")
+    broken: list[str] = []
+    for folder in on_first(lambda: _same_name(base)):
+        newest, problems = _newest_whole(folder / "checkpoints", verify)
         if newest is not None:
             return RunFolder(folder, newest)
+        broken += problems
+    if broken:
+        raise AgreedError(
+            f"--resume auto found no whole checkpoint under {base} ({'; '.join(broken)}): bring one back, or start a "
+            "new run without --resume."
+        )
     logger.info("--resume auto found no checkpoint under %s: starting a new run", base)
-    return RunFolder(_make_new(base))
+    return RunFolder(on_first(lambda: _make_new(base)))
 
 
 def _make_new(base: pathlib.Path) -> pathlib.Path:
@@ -99,13 +110,59 @@ def _same_name(base: pathlib.Path) -> list[pathlib.Path]:
     return [numbered[number] for number in sorted(numbered, reverse=True)]
 
 
-def _find(path: pathlib.Path) -> pathlib.Path:
-    if path.name.startswith("step-") and is_whole(path):
-        return path.resolve()
+def _find(path: pathlib.Path, verify: bool) -> pathlib.Path:
+    """The checkpoint that a path given to ``--resume`` means."""
+    if is_final(path) and on_first(lambda: path.is_dir()):
+        problem = find_problem(path, hashes=verify)
+        if problem is None:
+            return path.resolve()
+        raise AgreedError(f"--resume {path} is broken ({problem}): {_advice(path.parent, verify, _others(path))}.")
     for folder in (path / "checkpoints", path):
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            return newest.resolve()
-    near = list_checkpoints(path.parent) or list_checkpoints(path.parent / "checkpoints")
-    advice = f"resume from {near[-1]}" if near else "give a run folder such as runs/debug, or auto"
-    raise UserError(f"--resume {path} holds no whole checkpoint (a step-N folder with a .metadata file): {advice}.")
+        checkpoint, problems = _newest_whole(folder, verify)
+        if checkpoint is not None:
+            return checkpoint.resolve()
+        if problems:
+            raise AgreedError(
+                f"--resume {path} holds no whole checkpoint ({'; '.join(problems)}): bring one back, or start a new "
+                "run without --resume."
+            )
+    near = on_first(lambda: next((f for f in (path.parent, path.parent / "checkpoints") if step_folders(f)), None))
+    advice = "give a run folder such as runs/debug, or auto"
+    if near is not None:
+        advice = _advice(near, verify, on_first(lambda: step_folders(near)))
+    raise AgreedError(f"--resume {path} holds no whole checkpoint (a step-N folder with a manifest.json): {advice}.")
+
+
+def _newest_whole(folder: pathlib.Path, verify: bool) -> tuple[pathlib.Path | None, list[str]]:
+    """The newest whole checkpoint of a folder, and what is wrong with each newer one, which the log says, too."""
+    problems: list[str] = []
+    for path in reversed(on_first(lambda: step_folders(folder))):
+        problem = find_problem(path, hashes=verify)
+        if problem is None:
+            _mention_unfinished(folder, newer_than=step_of(path))
+            return path, problems
+        logger.warning("skipping %s: %s", path, problem)
+        problems.append(f"{path.name}: {problem}")
+    _mention_unfinished(folder, newer_than=-1)
+    return None, problems
+
+
+def _mention_unfinished(folder: pathlib.Path, newer_than: int) -> None:
+    if rank() > 0:
+        return
+    for path in unfinished(folder):
+        step = temporary_step(path)
+        if step is not None and step > newer_than:
+            logger.warning("skipping %s: it was not written to its end", path)
+
+
+def _advice(folder: pathlib.Path, verify: bool, candidates: list[pathlib.Path]) -> str:
+    """What to resume from instead."""
+    for path in reversed(candidates):
+        if find_problem(path, hashes=verify) is None:
+            return f"resume from {path}"
+    return f"no other checkpoint in {folder} is whole, so start a new run without --resume"
+
+
+def _others(path: pathlib.Path) -> list[pathlib.Path]:
+    return on_first(lambda: [found for found in step_folders(path.parent) if found.name != path.name])

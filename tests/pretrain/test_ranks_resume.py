@@ -85,7 +85,9 @@ def test_a_rank_without_its_data_ends_all_with_its_sentence(tiny: Tiny, two: Poo
         # DCP's writer, and what only rank 0 does after it
         (0, "torch.distributed.checkpoint.filesystem.FileSystem.create_stream"),
         (1, "torch.distributed.checkpoint.filesystem.FileSystem.create_stream"),
-        (0, "distmuon.pretrain.checkpoint._sync"),
+        (0, "distmuon.pretrain.checkpoint.writer.write_manifest"),
+        (0, "distmuon.pretrain.checkpoint.store.sync"),
+        (1, "distmuon.pretrain.checkpoint.writer.sync"),
     ],
 )
 def test_a_full_disk_of_one_rank_is_a_sentence_on_all(tiny: Tiny, two: Pool, on: int, what: str) -> None:

@@ -123,24 +123,56 @@ def test_a_lower_learning_rate_counts_after_a_resume(
     assert "optim.lr 0.003 -> 0.001" in caplog.text
 
 
-def test_auto_skips_what_was_not_written_to_its_end(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
-    summary = train(load_config(tiny(checkpoint__keep=10)))
-    folder = Path(summary.run_dir) / "checkpoints"
+def test_auto_goes_on_from_the_newest_whole_checkpoint(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    path = tiny(checkpoint__keep=10)
+    whole = train(load_config(path))
+    before = computed(whole.run_dir)
+    folder = Path(whole.run_dir) / "checkpoints"
     (folder / "step-20" / ".metadata").unlink()
-    shutil.copytree(folder / "step-18", folder / ".writing-step-19")
-    assert newest_checkpoint(folder) == folder / "step-18"
-    assert "skipping" in caplog.text
-    assert "step-20" in caplog.text
-    assert ".writing-step-19" in caplog.text
+    shard = folder / "step-18" / "__0_0.distcp"
+    size = shard.stat().st_size
+    with shard.open("r+b") as stream:
+        stream.truncate(1024)
+    flip(folder / "step-12" / "__0_0.distcp")
+    shutil.copytree(folder / "step-6", folder / ".writing-step-19-0123abcd")
+    assert newest_checkpoint(folder) == folder / "step-12"  # which does not look at checksums
+    again = train(load_config(path), resume="auto")
+    for said in (
+        "step-20: .metadata is missing",
+        f"step-18: __0_0.distcp is truncated: 1024 of {size} bytes",
+        "step-12: __0_0.distcp has another checksum than it was written with",
+        ".writing-step-19-0123abcd: it was not written to its end",
+    ):
+        assert said in caplog.text
+    assert computed(again.run_dir) == before
+    # what is not whole does not count among those that are kept, and is not in the way of what is written
+    assert [found.name for found in list_checkpoints(folder)] == ["step-6", "step-12", "step-18", "step-20"]
+    assert (folder / "step-20.superseded").is_dir()
 
 
-def test_a_damaged_checkpoint_is_a_sentence(tiny: Tiny) -> None:
-    path = tiny()
-    summary = train(load_config(path))
-    for file in Path(summary.checkpoint or "").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"step-20 could not be loaded .* --resume FOLDER"):
-        train(load_config(path, "--train.steps=30"), resume="auto")
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_broken_checkpoint_that_was_asked_for_is_a_sentence(tiny: Tiny) -> None:
+    path = tiny(checkpoint__keep=10)
+    folder = Path(train(load_config(path)).run_dir) / "checkpoints"
+    flip(folder / "step-18" / "__0_0.distcp")
+    flip(folder / "step-20" / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step-20 is broken \(.* checksum .*\): resume from .*step-12\.") as caught:
+        train(load_config(path), resume=str(folder / "step-20"))
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_does_not_start_anew_beside_broken_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny(checkpoint__keep=1)
+    folder = Path(train(load_config(path)).run_dir) / "checkpoints"
+    (folder / "step-20" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no whole checkpoint under .*step-20: manifest.json is not a manifest"):
+        train(load_config(path), resume="auto")
+    assert [found.name for found in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 
 def test_only_the_newest_checkpoints_stay(tiny: Tiny) -> None:

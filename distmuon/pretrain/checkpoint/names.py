@@ -1,0 +1,40 @@
+"""Names of checkpoint folders: ``step-N``, and those of folders that are being written or were set aside."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import secrets
+
+_FINAL = re.compile(r"step-(\d{1,18})", re.ASCII)
+_WRITING = re.compile(r"\.writing-step-(\d{1,18})-[0-9a-f]{8}", re.ASCII)
+LOCK = ".lock"
+
+
+def is_final(path: pathlib.Path) -> bool:
+    """Whether a folder is named as a checkpoint that was written to its end."""
+    return _FINAL.fullmatch(path.name) is not None
+
+
+def step_of(path: pathlib.Path) -> int:
+    """The step of a ``step-N`` folder."""
+    match = _FINAL.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not named step-N")
+    return int(match[1])
+
+
+def temporary(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """A new name, beside ``step-N``, for what is not written to its end."""
+    return folder / f".writing-step-{step}-{secrets.token_hex(4)}"
+
+
+def temporary_step(path: pathlib.Path) -> int | None:
+    """The step of a folder with such a name; None for other names."""
+    match = _WRITING.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
+def lock_of(path: pathlib.Path) -> pathlib.Path:
+    """The file whose lock says that a temporary folder is being written."""
+    return path.with_name(path.name + LOCK)
