@@ -85,7 +85,7 @@ def muon_options(config: OptimConfig) -> dict[str, Any]:
 
 def _adamw(model: nn.Module, config: OptimConfig) -> Optimizer:
     return torch.optim.AdamW(
-        model.parameters(),
+        model.named_parameters(),
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
