@@ -4,6 +4,7 @@ from distmuon._version import __version__
 from distmuon.checking.check import check
 from distmuon.checking.report import CheckReport
 from distmuon.clip import clip_grad_norm_
+from distmuon.comm.waiting import hang_report
 from distmuon.ddp import ddp_hook
 from distmuon.muon import Muon
 from distmuon.numerics.orthogonalize import orthogonalize
@@ -18,5 +19,6 @@ __all__ = [
     "check",
     "clip_grad_norm_",
     "ddp_hook",
+    "hang_report",
     "orthogonalize",
 ]

@@ -29,8 +29,9 @@ from distmuon.comm.group import (
 )
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
 from distmuon.comm.team import form_teams
+from distmuon.comm.verify import VerifiedExchange
 from distmuon.costing import owner_cost, team_costs
-from distmuon.facts import Fact, Key, Said, compare_settings, merge, nodes_of
+from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, nodes_of
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
@@ -43,6 +44,7 @@ from distmuon.plan.nodes import Nodes, one_node
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan, build_plan
 from distmuon.stats import StepClock
+from distmuon.versions import code_version
 
 logger = logging.getLogger("distmuon")
 
@@ -178,10 +180,12 @@ def _shared(
     raise_on_all(group, error)
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
     settings = repr(tuple(getattr(options, key) for key in _COMPARED))
-    said = Said(settings, options.table(device), host(), device_class(device), [entry.fact for entry in mine])
+    table, hardware = options.table(device), device_class(device)
+    said = Said(code_version(), settings, table, host(), hardware, [entry.fact for entry in mine])
     told: list[Said] = from_every_rank(said, group)
     part: Part | None = None
     try:
+        compare_versions(ranks, [theirs.version for theirs in told])
         compare_settings(_COMPARED, ranks, [theirs.settings for theirs in told])
         facts = {rank: theirs.facts for rank, theirs in zip(ranks, told, strict=True)}
         nodes = nodes_of(ranks, [theirs.host for theirs in told])
@@ -191,7 +195,10 @@ def _shared(
             logger.warning("no matrix is owned by a team, as the devices of the ranks are of several kinds")
             options = dataclasses.replace(options, teams=False)
         # one rank's table for all: engines chosen by their own could differ between unlike machines
-        part = _part(mine, facts, nodes, GroupExchange(group), device, group, options, told[0].table, clock, alike)
+        exchange: Exchange = GroupExchange(group)
+        if options.verify_exchange:
+            exchange = VerifiedExchange(exchange, group)
+        part = _part(mine, facts, nodes, exchange, device, group, options, told[0].table, clock, alike)
     except ValueError as raised:
         error = raised
     raise_on_all(group, error)

@@ -52,6 +52,7 @@ class Said:
     """What one rank tells all others when they plan.
 
     Attributes:
+        version: Of its code.
         settings: Of its optimizer, for comparison.
         table: Its cost table.
         host: What ranks of its node have in common.
@@ -59,6 +60,7 @@ class Said:
         facts: Of its parameters.
     """
 
+    version: str
     settings: str
     table: CostTable
     host: str
@@ -106,6 +108,24 @@ def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:
             raise ValueError(
                 f"parameter {fact.name!r} has the {what} {a} on rank {first_rank} and {b} on rank {rank}: build the "
                 "same model, with named parameters, and the same groups on every rank."
+            )
+
+
+def compare_versions(ranks: Sequence[int], versions: Sequence[str]) -> None:
+    """Refuse ranks that run other code than the first.
+
+    Args:
+        ranks: Who tells.
+        versions: What each runs.
+
+    Raises:
+        ValueError: naming two ranks and their versions.
+    """
+    for rank, theirs in zip(ranks, versions, strict=True):
+        if theirs != versions[0]:
+            raise ValueError(
+                f"rank {ranks[0]} runs {versions[0]} and rank {rank} runs {theirs}: install the same on every rank, "
+                "and restart all of them."
             )
 
 

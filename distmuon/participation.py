@@ -95,6 +95,7 @@ def agree_on_turns(
             gradients=look.present,
             unreduced=look.unreduced,
             error=error,
+            step=part.pipeline.clock.steps,
         )
         if agreement.replan:
             return None

@@ -238,7 +238,7 @@ class Pipeline:
     def _unpack(self, flight: _Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
         routes, gather = flight.routes, flight.gather
-        self._wait(gather, flight.wave)
+        self._wait(gather, flight.wave, "gather")
         self.pool.give(gather.send)
         if flight.matrices is None:
             with self.clock.phase("unpack", self.device):
@@ -276,10 +276,7 @@ class Pipeline:
             raise
         except RuntimeError as error:
             name = self.plan.parameters[mine.parameter].name
-            raise RuntimeError(
-                f"rank {self.rank}: the team that owns {name!r} could not talk, another rank has probably ended or "
-                f"hangs: look for the first error among all ranks ({error})"
-            ) from error
+            raise RuntimeError(f"the team that owns {name!r} failed: {error}") from error
 
     def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""
@@ -315,7 +312,7 @@ class Pipeline:
             following = self._send(flight)
             self._release(flight)
             leg, transfer = flight.scatter
-            self._wait(transfer, flight.wave)
+            self._wait(transfer, flight.wave, "update")
             receives = [part for part in leg.receives if part.box.numel]
             with self.clock.phase("apply", self.device):
                 directions = [_packed(transfer.receive, part) for part in receives]
@@ -380,17 +377,20 @@ class Pipeline:
         with self.clock.phase("wire", self.device):
             return self.exchange.start(leg, send, receive)
 
-    def _wait(self, transfer: Transfer, wave: Wave) -> None:
+    def _wait(self, transfer: Transfer, wave: Wave, direction: str) -> None:
         with self.clock.phase("wait", self.device):
-            try:
-                transfer.wait()
-            except RuntimeError as error:
-                names = [self.plan.parameters[assignment.parameter].name for assignment in wave.assignments]
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise RuntimeError(
-                    f"rank {self.rank}: the exchange of the bucket of {names[0]!r}{more} failed, another rank has "
-                    f"probably ended or hangs: look for the first error among all ranks ({error})"
-                ) from error
+            transfer.wait(functools.partial(self._in_words, wave, direction))
+
+    def _in_words(self, wave: Wave, direction: str) -> str:
+        """An exchange in words that are the same on every rank."""
+        specs = [self.plan.parameters[number] for number in {a.parameter: None for a in wave.assignments}]
+        more = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
+        numel = sum(assignment.box(self.plan.parameters[assignment.parameter]).numel for assignment in wave.assignments)
+        return (
+            f"the exchange of the bucket of {specs[0].name!r} {specs[0].shape}{more} ({direction} of "
+            f"{numel * self._dtype.itemsize:,} bytes, wave {self.plan.waves.index(wave) + 1} of "
+            f"{len(self.plan.waves)} in step {self.clock.steps})"
+        )
 
     def _route(self, number: int, wave: Wave, active: tuple[bool, ...]) -> Routes:
         chosen = tuple(active[assignment.parameter] for assignment in wave.assignments)

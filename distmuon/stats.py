@@ -23,15 +23,20 @@ class StepClock:
 
     Args:
         enabled: Whether to time at all.
+
+    Attributes:
+        steps: Steps that were begun since the optimizer was made, with the present one.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        self.steps = 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.Event, torch.Event]] = []
 
     def start(self) -> None:
         """Begin a step."""
+        self.steps += 1
         self._seconds.clear()
         self._events.clear()
 

@@ -46,6 +46,7 @@ def agree(
     gradients: Sequence[bool],
     unreduced: Sequence[bool],
     error: Exception | None,
+    step: int,
 ) -> Agreement:
     """One small all-reduce; every rank of the group takes part in every step.
 
@@ -58,6 +59,7 @@ def agree(
         gradients: Whether this rank has a gradient, by parameter in the order of the plan.
         unreduced: Whether that gradient must be redistributed first.
         error: What this rank could not do.
+        step: Which one it is since the optimizer was made, for messages.
 
     Raises:
         Exception: the error of the lowest rank that has one, on every rank.
@@ -65,7 +67,9 @@ def agree(
     flags = [int(error is not None), int(replan), int(idle), int(nonfinite)]
     # two counts in one number: a parameter that must be redistributed counts once in the upper half too
     marks = [int(has) + (int(late) << 15) for has, late in zip(gradients, unreduced, strict=True)]
-    failed, replans, idles, stained, *counts = sum_over_ranks([*flags, *marks], group, device)
+    failed, replans, idles, stained, *counts = sum_over_ranks(
+        [*flags, *marks], group, device, f"the agreement on the gradients of step {step}"
+    )
     if failed:
         raise_on_all(group, error)
     return Agreement(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.group import all_gather
+from distmuon.comm.waiting import waiting
 from distmuon.plan.routes import Leg
 
 
@@ -19,16 +21,27 @@ class Transfer:
     Attributes:
         send: What leaves, 1-D.
         receive: What arrives, 1-D; not to be read before :meth:`wait`.
+        group: Whose ranks move it.
+        work: What is under way; None if there is nothing to wait for.
     """
 
     send: Tensor
     receive: Tensor
+    group: dist.ProcessGroup | None = None
     work: dist.Work | None = None
 
-    def wait(self) -> None:
-        """Until ``receive`` is filled and ``send`` free: the host on a CPU, the current stream elsewhere."""
-        if self.work is not None:
-            self.work.wait()
+    def wait(self, what: str | Callable[[], str]) -> None:
+        """Until ``receive`` is filled and ``send`` free: the host on a CPU, the current stream elsewhere.
+
+        Args:
+            what: What is moved, for an error: see :func:`distmuon.comm.waiting.waiting`.
+
+        Raises:
+            RuntimeError: if it does not come.
+        """
+        if self.work is not None and self.group is not None:
+            with waiting(self.group, what):
+                self.work.wait()
             self.work = None
 
 
@@ -61,8 +74,8 @@ class GroupExchange:
     def start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         """Begin an all-to-all, or an all-gather where every rank sends the same to all."""
         if leg.gathered is not None:
-            return Transfer(send, receive, all_gather(receive, send, self._group))
+            return Transfer(send, receive, self._group, all_gather(receive, send, self._group))
         work = dist.all_to_all_single(
             receive, send, list(leg.receive_splits), list(leg.send_splits), group=self._group, async_op=True
         )
-        return Transfer(send, receive, work)
+        return Transfer(send, receive, self._group, work)

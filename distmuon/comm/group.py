@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon.comm.waiting import waiting
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -150,30 +152,44 @@ def compute_device(meshes: Iterable[Mesh], stored: torch.device | None) -> torch
     return torch.device("cpu")
 
 
-def sum_over_ranks(numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """Add up one list of whole numbers per rank, place by place; every rank gets the sums."""
+def sum_over_ranks(numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device, what: str) -> list[int]:
+    """Add up one list of whole numbers per rank, place by place; every rank gets the sums.
+
+    Args:
+        numbers: As many on every rank.
+        group: The ranks.
+        device: Where tensors of the group live.
+        what: What the sums are for, in the words of an error.
+
+    Raises:
+        RuntimeError: if the ranks do not come together.
+    """
     tensor = torch.tensor(list(numbers), dtype=torch.int32, device=_talks(group, device))
-    dist.all_reduce(tensor, group=group)
-    sums: list[int] = tensor.tolist()
+    with waiting(group, what):
+        dist.all_reduce(tensor, group=group)
+        sums: list[int] = tensor.tolist()
     return sums
 
 
 def from_every_rank(value: object, group: dist.ProcessGroup) -> list:
     """The picklable ``value`` of every rank, in the order of ``group``'s ranks."""
     values: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with waiting(group, "a comparison of all ranks"):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
 def broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
     """Overwrite ``tensor`` on all ranks by that of the global rank ``source``."""
-    dist.broadcast(tensor, src=source, group=group)
+    with waiting(group, f"momentum of rank {source}"):
+        dist.broadcast(tensor, src=source, group=group)
 
 
 def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
     """Make all connections of an all-to-all now, at a known place, rather than inside the first exchange."""
     size = dist.get_world_size(group)
-    dist.all_to_all_single(torch.empty(size, device=device), torch.zeros(size, device=device), group=group)
+    with waiting(group, "the first exchange, which connects all ranks"):
+        dist.all_to_all_single(torch.empty(size, device=device), torch.zeros(size, device=device), group=group)
 
 
 def prefers_all_gather(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distmuon.comm.group import default_group, distributed, group_of, mesh_ranks
 from distmuon.comm.layout import as_dtensor
+from distmuon.comm.waiting import waiting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Owners: TypeAlias = "Mapping[Tensor, int]"
+
+_WAIT = "the norm of all gradients"
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ def _root_of_sum(
     if has_replicated:
         sums[1] = replicated**norm_type
         sums[2] = 1.0
-    dist.all_reduce(sums, group=group)
+    with waiting(group, _WAIT):
+        dist.all_reduce(sums, group=group)
     total: Tensor = (sums[0] + sums[1] / sums[2].clamp(min=1.0)) ** (1.0 / norm_type)
     return total
 
@@ -222,5 +226,6 @@ def _root_of_sum(
 def _largest(norm: Tensor, group: ProcessGroup) -> Tensor:
     # Reductions to the maximum lose NaN or keep it by the order of ranks, so it travels as a number of its own.
     packet = torch.stack([norm.nan_to_num(nan=math.inf, posinf=math.inf), norm.isnan().to(norm.dtype)])
-    dist.all_reduce(packet, op=dist.ReduceOp.MAX, group=group)
+    with waiting(group, _WAIT):
+        dist.all_reduce(packet, op=dist.ReduceOp.MAX, group=group)
     return torch.where(packet[1] > 0, math.nan, packet[0])

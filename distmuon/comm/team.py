@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.group import all_gather, own_rank, prefers_all_gather, team_group
+from distmuon.comm.waiting import waiting
 
 
 class GroupTeam:
@@ -27,7 +28,8 @@ class GroupTeam:
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a contiguous ``tensor`` by its sum over the ranks; all get the same bits."""
-        dist.all_reduce(tensor, group=self._group)
+        with waiting(self._group, "a sum of Gram matrices over a team"):
+            dist.all_reduce(tensor, group=self._group)
 
     def put_together(self, rows: Tensor, count: int) -> Tensor:
         """The ``(count, n)`` of which every rank has ``rows``, cut as :func:`torch.chunk` does."""
@@ -36,14 +38,15 @@ class GroupTeam:
         part = whole[self.index * step : (self.index + 1) * step]
         part[: rows.size(0)] = rows
         part[rows.size(0) :] = 0
-        if prefers_all_gather(self._group, rows.device):
-            work = all_gather(whole.view(-1), part.clone().view(-1), self._group)
-            if work is not None:
-                work.wait()
-        else:
-            # every rank the same to every other: gloo's all-gather takes several times as long
-            others = part.expand(self.size, *part.shape).contiguous()
-            dist.all_to_all_single(whole, others.view_as(whole), group=self._group)
+        with waiting(self._group, "rows of a product of a team"):
+            if prefers_all_gather(self._group, rows.device):
+                work = all_gather(whole.view(-1), part.clone().view(-1), self._group)
+                if work is not None:
+                    work.wait()
+            else:
+                # every rank the same to every other: gloo's all-gather takes several times as long
+                others = part.expand(self.size, *part.shape).contiguous()
+                dist.all_to_all_single(whole, others.view_as(whole), group=self._group)
         return whole[:count]
 
 

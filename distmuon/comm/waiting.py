@@ -1,0 +1,149 @@
+"""What this rank waits for from others; when that does not come, ranks tell each other and the user who is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# Seconds after this rank gave up that make another rank a late one
+_LATE = 1.0
+# Seconds in which other ranks may tell where they are: after a time-out they find out one by one
+_PATIENCE, _PATIENCE_AFTER_TIMEOUT = 2.0, 10.0
+
+
+@dataclass(eq=False)
+class Wait:
+    """Something that needs other ranks.
+
+    Attributes:
+        group: The ranks.
+        what: What is waited for, in words that are the same on every rank; a function is asked only if need be.
+        began: When, by the monotonic clock, in seconds.
+    """
+
+    group: dist.ProcessGroup
+    what: str | Callable[[], str]
+    began: float
+
+    @property
+    def text(self) -> str:
+        """What is waited for."""
+        return self.what if isinstance(self.what, str) else self.what()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been waited for."""
+        return time.monotonic() - self.began
+
+
+# What this process waits for at present, of all threads
+_OPEN: list[Wait] = []
+
+
+@contextlib.contextmanager
+def waiting(group: dist.ProcessGroup, what: str | Callable[[], str]) -> Iterator[None]:
+    """A block that waits for other ranks.
+
+    Args:
+        group: The ranks.
+        what: What is waited for, in words that are the same on every rank.
+
+    Raises:
+        RuntimeError: for one of the block's (torch raises them at a time-out or a lost connection), with what was
+            waited for and which ranks have said that they wait for the same.
+    """
+    wait = Wait(group, what, time.monotonic())
+    _OPEN.append(wait)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        patience = _PATIENCE_AFTER_TIMEOUT if "time" in str(error).lower() else _PATIENCE
+        raise RuntimeError(f"{tell(wait, patience)} ({_first_line(error)})") from error
+    finally:
+        _OPEN.remove(wait)
+
+
+def hang_report(patience: float = 2.0) -> str:
+    """Say what this process waits for from other ranks, for how long, and which ranks wait for the same.
+
+    The errors of :class:`distmuon.Muon` and :func:`distmuon.clip_grad_norm_` at a time-out or a lost rank say this by
+    themselves. Call it from another thread, such as a watchdog's, to ask earlier; it is no collective. What it says to
+    other ranks goes through the store of the process group.
+
+    Args:
+        patience: Seconds in which other ranks may say where they are.
+    """
+    waits = list(_OPEN)
+    if not waits:
+        return f"rank {dist.get_rank() if dist.is_initialized() else 0} waits for no exchange of distmuon"
+    return "\n".join(tell(wait, patience) for wait in waits)
+
+
+def tell(wait: Wait, patience: float) -> str:
+    """Publish what this rank waits for, and put what is heard of the others into a sentence."""
+    me, ranks = dist.get_rank(), dist.get_process_group_ranks(wait.group)
+    now, heard = _Said(wait.text, wait.seconds), dict[int, _Said]()
+    # the store may be gone with the rank that held it, and then answers late or never
+    asker = threading.Thread(target=_ask, args=(wait.group, now, patience, heard), daemon=True)
+    asker.start()
+    asker.join(patience + 1.0)
+    others = {rank: heard[rank] for rank in ranks if rank in heard}
+    late = [rank for rank, said in others.items() if said.what == now.what and said.seconds < -_LATE]
+    same = [rank for rank, said in others.items() if said.what == now.what and rank not in late]
+    silent = [rank for rank in ranks if rank != me and rank not in heard]
+    clauses = [f"{_ranks(same)} for the same"] if same else []
+    clauses += [f"rank {rank} for {said.what}" for rank, said in others.items() if said.what != now.what]
+    found = f"; there wait {', '.join(clauses)}" if clauses else ""
+    if silent:
+        advice = f"nothing is heard of {_ranks(silent)}: ended, stalled or far behind, so look there first"
+    elif late:
+        advice = f"{_ranks(late)} came only after that: stalled, so look there first"
+    elif others and min(said.seconds for said in others.values()) > _LATE + 2 * now.seconds:
+        advice = "this rank came only when the others had given up: it stalled, so look here first"
+    elif len(same) < len(ranks) - 1:
+        advice = "all ranks wait, for different things: look for the first error among them"
+    else:
+        advice = "all ranks wait for the same: look at the network between them"
+    return f"rank {me} waited {now.seconds:.1f} s in vain for {now.what}{found}; {advice}"
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank waits for, and how long it had waited at the moment in question; below 0: it came later."""
+
+    what: str
+    seconds: float
+
+
+def _ask(group: dist.ProcessGroup, now: _Said, patience: float, heard: dict[int, _Said]) -> None:
+    with contextlib.suppress(Exception):  # whatever is wrong with the store, the first error is what counts
+        me, ranks, store = dist.get_rank(), dist.get_process_group_ranks(group), group.get_group_store()
+        store.set(_key(me), f"{now.seconds} {now.what}")
+        began = time.monotonic()
+        while len(heard) < len(ranks) - 1 and (passed := time.monotonic() - began) < patience:
+            for rank in ranks:
+                if rank != me and rank not in heard and store.check([_key(rank)]):
+                    seconds, what = store.get(_key(rank)).decode().split(" ", 1)
+                    heard[rank] = _Said(what, float(seconds) - passed)
+            time.sleep(0.1)
+
+
+def _key(rank: int) -> str:
+    return f"distmuon/waits/{rank}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,241 @@
+"""Ranks that end, stall or receive what was not sent: what each of the others says."""
+
+import itertools
+import os
+import threading
+import time
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool, rank_errors
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+import distmuon
+from distmuon.comm.exchange import Transfer
+
+SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
+TIMEOUT = 1.5
+
+
+@pytest.fixture(scope="module")
+def three():
+    with Pool(3) as pool:
+        yield pool
+
+
+NUMBERS = itertools.count()
+
+
+def mesh_with_timeout():
+    """A mesh of its own, whose collectives give up soon; torch takes meshes of one name for one."""
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"shard{next(NUMBERS)}",))
+
+
+def sharded(**keywords):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(24, 24, bias=False) for _ in range(3)])
+    fully_shard(model, mesh=mesh_with_timeout())
+    optimizer = distmuon.Muon(model, bucket_bytes=24 * 24 * 2, **{**SETTINGS, **keywords})
+    with_gradients(model)
+    optimizer.step()
+    return model, optimizer
+
+
+def with_gradients(model):
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+
+
+def in_newton_schulz(act):
+    """Rank 1 does something between the gather and the update of its first matrix."""
+    from distmuon.numerics.orthogonalize import orthogonalize_
+
+    def instead(*args, **keywords):
+        act()
+        return orthogonalize_(*args, **keywords)
+
+    return mock.patch("distmuon.pipeline.orthogonalize_", instead)
+
+
+def stalls_in_newton_schulz():
+    _, optimizer = sharded()
+    if dist.get_rank() == 1:
+        with in_newton_schulz(lambda: time.sleep(3 * TIMEOUT)):
+            optimizer.step()
+    optimizer.step()
+
+
+def stalls_before_the_step():
+    _, optimizer = sharded()
+    if dist.get_rank() == 1:
+        time.sleep(3 * TIMEOUT)
+    optimizer.step()
+
+
+def ends_in_newton_schulz():
+    _, optimizer = sharded()
+    if dist.get_rank() == 1:
+        with in_newton_schulz(lambda: os._exit(7)):
+            optimizer.step()
+    optimizer.step()
+
+
+def stalls_in_clipping():
+    model, _ = sharded()
+    if dist.get_rank() == 1:
+        time.sleep(3 * TIMEOUT)
+    distmuon.clip_grad_norm_(model, 1.0)
+
+
+EXCHANGE = "the exchange of the bucket of '"
+AGREEMENT = "the agreement on the gradients of step 2"
+
+
+def told(function):
+    """The error of a function whose group alone is lost, so that the pool goes on."""
+    try:
+        function()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (stalls_in_newton_schulz, EXCHANGE),
+        (stalls_before_the_step, AGREEMENT),
+        (stalls_in_clipping, "the norm of all gradients"),
+    ],
+)
+def test_a_rank_that_stalls_is_named_by_all(three, function, what):
+    found = three.run(told, function)
+    for rank in (0, 2):
+        assert found[rank].startswith(f"rank {rank} waited ")
+        assert what in found[rank]
+        assert f"there wait rank {2 - rank} for the same; rank 1 came only after that: stalled" in found[rank]
+    assert found[1].startswith("rank 1 waited ")
+    assert what in found[1]
+    assert "this rank came only when the others had given up: it stalled, so look here first" in found[1]
+
+
+def test_a_rank_that_ends_is_named_by_the_others():
+    found = rank_errors(ends_in_newton_schulz, 3, timeout=60)
+    assert found[1] == "exit code 7"
+    for rank in (0, 2):
+        assert found[rank].startswith(f"RuntimeError: rank {rank} waited ")
+        assert EXCHANGE in found[rank]
+        assert f"there wait rank {2 - rank} for the same; nothing is heard of rank 1: ended, stalled" in found[rank]
+    assert ".weight' (24, 24)" in found[0]
+    assert "in step 2)" in found[0]
+    assert " bytes, wave 1 of " in found[0]
+
+
+def asked_from_another_thread():
+    _, optimizer = sharded()
+    reports = []
+    if dist.get_rank() == 1:
+        time.sleep(0.7 * TIMEOUT)
+        reports.append(distmuon.hang_report(patience=0.1))
+    else:
+        timer = threading.Timer(0.2 * TIMEOUT, lambda: reports.append(distmuon.hang_report(patience=0.3 * TIMEOUT)))
+        timer.start()
+    optimizer.step()
+    return reports[0]
+
+
+def test_a_report_can_be_asked_for_and_disturbs_nobody(three):
+    found = three.run(asked_from_another_thread)
+    assert found[1] == "rank 1 waits for no exchange of distmuon"
+    for rank in (0, 2):
+        assert f"rank {rank} waited " in found[rank]
+        assert f"rank {2 - rank} for the same; nothing is heard of rank 1" in found[rank]
+
+
+def test_a_report_without_ranks():
+    assert distmuon.hang_report() == "rank 0 waits for no exchange of distmuon"
+
+
+def flips_a_bit(layout, direction, verify):
+    """Rank 1 receives one wrong bit in the second step."""
+    if layout == "fsdp":
+        _, optimizer = sharded(verify_exchange=verify)
+    else:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(24, 24, bias=False) for _ in range(3)])
+        optimizer = distmuon.Muon(model, mesh=dist.group.WORLD, verify_exchange=verify, **SETTINGS)
+        with_gradients(model)
+        optimizer.step()
+    original = Transfer.wait
+    done = []
+
+    def wait(self, what):
+        moving = self.work is not None
+        original(self, what)
+        wanted = dist.get_rank() == 1 and direction in (what if isinstance(what, str) else what())
+        if moving and wanted and not done and self.receive.numel():
+            self.receive.view(torch.int16)[-1] ^= 4
+            done.append(True)
+
+    with mock.patch.object(Transfer, "wait", wait):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("layout", "direction"), [("fsdp", "(gather of"), ("fsdp", "(update of"), ("replicated", "(update of")]
+)
+def test_a_flipped_bit_on_the_wire_is_told_on_all_ranks(three, layout, direction):
+    found = three.run(flips_a_bit, layout, direction, True)
+    assert len(set(found)) == 1
+    assert found[0].startswith("the exchange of the bucket of '")
+    assert direction in found[0]
+    assert " to rank 1 arrived changed, by the checksums of verify_exchange" in found[0]
+    assert three.run(flips_a_bit, layout, direction, False) == ["nothing was raised"] * 3
+
+
+def verified_steps(all_gather):
+    results = []
+    with mock.patch("distmuon.binding.prefers_all_gather", lambda *_: all_gather):
+        for verify in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(*[nn.Linear(24, 20, bias=False), nn.Linear(20, 24)])
+            optimizer = distmuon.Muon(model, mesh=dist.group.WORLD, verify_exchange=verify, **SETTINGS)
+            for _ in range(2):
+                with_gradients(model)
+                optimizer.step()
+            results.append([param.detach() for param in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("all_gather", [False, True])
+def test_verifying_changes_no_bit(three, all_gather):
+    assert three.run(verified_steps, all_gather) == [True] * 3
+
+
+def another_version():
+    version = "9.9" if dist.get_rank() == 1 else "1.0"
+    with mock.patch("distmuon.binding.code_version", lambda: version):
+        model = fully_shard(nn.Linear(6, 6, bias=False))
+        optimizer = distmuon.Muon(model, **SETTINGS)
+        with_gradients(model)
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_of_other_versions_are_told(three):
+    found = three.run(another_version)
+    assert len(set(found)) == 1
+    assert found[0].startswith("rank 0: rank 0 runs 1.0 and rank 1 runs 9.9")
