@@ -68,8 +68,9 @@ class _Verified(Transfer):
         told = from_every_rank([ranks[place] for place in wrong], self.group)
         found = [f"what rank {a} sent to rank {b}" for b, sources in zip(ranks, told, strict=True) for a in sources]
         if found:
+            first = ", ".join(found[:3]) + (" and more" if len(found) > 3 else "")
             raise RuntimeError(
-                f"{what if isinstance(what, str) else what()}: {', '.join(found[:3])}{' and more' if len(found) > 3 else ''} arrived changed, by the checksums of "
+                f"{what if isinstance(what, str) else what()}: {first} arrived changed, by the checksums of "
                 "verify_exchange: look at memory and network of these ranks, and go on from a checkpoint"
             )
 
