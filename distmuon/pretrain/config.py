@@ -41,6 +41,9 @@ class OptimConfig:
         teams: Whether several ranks may own a matrix together where the cost table says that it pays.
         ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
             rounding of summed gradients is not amplified by bfloat16.
+        on_nonfinite: What NaN or an infinity in a gradient does under muon: raise ends the run with the name of the
+            parameter, skip leaves the step out and counts it; both before anything is updated. null: nobody looks.
+        verify_exchange: For debugging: compare checksums of what matrices and updates send between processes.
         adjust_lr_fn: How Muon's step is scaled to a matrix's shape: match_rms_adamw lets Muon use
             AdamW's learning rates; original is Jordan's.
         betas: Averaging coefficients of AdamW.
@@ -64,6 +67,8 @@ class OptimConfig:
     cost_table: str | None = None
     teams: bool = True
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    on_nonfinite: Literal["raise", "skip"] | None = "raise"
+    verify_exchange: bool = False
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
