@@ -1,7 +1,7 @@
 """Optimizers with the state, the groups and the arithmetic of other projects, in our words, for tests of conversion.
 
-Each was written from the formulas and layouts that the files of ``distmuon/checkpoint/formats`` cite. Newton-Schulz runs
-in the dtype of the momentum rather than in bfloat16, so that equality shows to more digits.
+Each was written from the formulas and layouts that the files of ``distmuon/checkpoint/formats`` cite. Newton-Schulz
+runs in the dtype of the momentum rather than in bfloat16, so that equality shows to more digits.
 """
 
 from __future__ import annotations

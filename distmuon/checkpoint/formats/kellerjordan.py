@@ -1,8 +1,8 @@
 """KellerJordan/Muon: ``MuonWithAuxAdam`` and ``SingleDeviceMuonWithAuxAdam``, and their forms without Adam.
 
 Read in https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9/muon.py: ``use_muon`` and
-three or four more keys in each group (168-181), momentum an average (35), Nesterov and five steps built in (34, 36), the
-quintic (16-27), scale ``max(1, m/n)**0.5`` (40), AdamW as torch's with an integer step (130-135, 218-223).
+three or four more keys in each group (168-181), momentum an average (35), Nesterov and five steps built in (34, 36),
+the quintic (16-27), scale ``max(1, m/n)**0.5`` (40), AdamW as torch's with an integer step (130-135, 218-223).
 ``MuonWithAuxAdam`` sorts each Muon group by shape, the largest first (169), and each of its ranks keeps the momentum of
 its own matrices alone (196-204). A missing gradient counts as zeros there (199-201): momentum and weights decay, which
 they do not here.

@@ -51,7 +51,7 @@ def source_names(state_dicts: Sequence[StateDict], names: Iterable[str] | None) 
 def placeholders(state_dicts: Sequence[StateDict]) -> list[str]:
     """What to call parameters without names in messages."""
     count = sum(len(group["params"]) for one in state_dicts for group in one["param_groups"])
-    return [f"number {index} of the source" for index in range(count)]
+    return [f"#{index} of the source" for index in range(count)]
 
 
 def named_params(optimizer: Optimizer) -> dict[str, Tensor]:

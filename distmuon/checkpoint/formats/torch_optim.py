@@ -123,5 +123,6 @@ def _muon_group(members: Sequence[Entry]) -> dict[str, Any]:
             "ns_steps: make them equal."
         )
     stage, steps = iterations.pop()
-    scale = resolve_lr_scale(found.get("adjust_lr_fn"))
-    return {**found, "adjust_lr_fn": scale, "ns_coefficients": stage, "ns_steps": steps}
+    scale = found.get("adjust_lr_fn")  # an alias has to go, None may stay
+    found["adjust_lr_fn"] = None if scale is None else resolve_lr_scale(scale)
+    return {**found, "ns_coefficients": stage, "ns_steps": steps}
