@@ -195,7 +195,7 @@ def _shared(
             logger.warning("no matrix is owned by a team, as the devices of the ranks are of several kinds")
             options = dataclasses.replace(options, teams=False)
         # one rank's table for all: engines chosen by their own could differ between unlike machines
-        exchange: Exchange = GroupExchange(group)
+        exchange: Exchange = GroupExchange(group, device)
         if options.verify_exchange:
             exchange = VerifiedExchange(exchange, group)
         part = _part(mine, facts, nodes, exchange, device, group, options, told[0].table, clock, alike)

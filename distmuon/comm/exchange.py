@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.group import all_gather
-from distmuon.comm.waiting import waiting
+from distmuon.comm.waiting import Wait, waiting
+from distmuon.comm.watch import Watch, watch_of
 from distmuon.plan.routes import Leg
 
 
@@ -23,12 +25,14 @@ class Transfer:
         receive: What arrives, 1-D; not to be read before :meth:`wait`.
         group: Whose ranks move it.
         work: What is under way; None if there is nothing to wait for.
+        watch: Looks after it where the host does not wait.
     """
 
     send: Tensor
     receive: Tensor
     group: dist.ProcessGroup | None = None
     work: dist.Work | None = None
+    watch: Watch | None = None
 
     def wait(self, what: str | Callable[[], str]) -> None:
         """Until ``receive`` is filled and ``send`` free: the host on a CPU, the current stream elsewhere.
@@ -42,6 +46,8 @@ class Transfer:
         if self.work is not None and self.group is not None:
             with waiting(self.group, what):
                 self.work.wait()
+            if self.watch is not None:
+                self.watch.add(Wait(self.group, what), self.work)
             self.work = None
 
 
@@ -66,16 +72,17 @@ class GroupExchange:
 
     Args:
         group: Whose ranks, ascending, are those of the plan.
+        device: Where tensors of the group live.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._watch = group, watch_of(group, device)
 
     def start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         """Begin an all-to-all, or an all-gather where every rank sends the same to all."""
         if leg.gathered is not None:
-            return Transfer(send, receive, self._group, all_gather(receive, send, self._group))
+            return Transfer(send, receive, self._group, all_gather(receive, send, self._group), self._watch)
         work = dist.all_to_all_single(
             receive, send, list(leg.receive_splits), list(leg.send_splits), group=self._group, async_op=True
         )
-        return Transfer(send, receive, self._group, work)
+        return Transfer(send, receive, self._group, work, self._watch)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,13 @@ class Wait:
         group: The ranks.
         what: What is waited for, in words that are the same on every rank; a function is asked only if need be.
         began: When, by the monotonic clock, in seconds.
+        told: Whether other ranks were told of it.
     """
 
     group: dist.ProcessGroup
     what: str | Callable[[], str]
-    began: float
+    began: float = field(default_factory=time.monotonic)
+    told: bool = False
 
     @property
     def text(self) -> str:
@@ -58,8 +60,8 @@ def waiting(group: dist.ProcessGroup, what: str | Callable[[], str]) -> Iterator
         RuntimeError: for one of the block's (torch raises them at a time-out or a lost connection), with what was
             waited for and which ranks have said that they wait for the same.
     """
-    wait = Wait(group, what, time.monotonic())
-    _OPEN.append(wait)
+    wait = Wait(group, what)
+    remember(wait)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -67,8 +69,28 @@ def waiting(group: dist.ProcessGroup, what: str | Callable[[], str]) -> Iterator
     except RuntimeError as error:
         patience = _PATIENCE_AFTER_TIMEOUT if "time" in str(error).lower() else _PATIENCE
         raise RuntimeError(f"{tell(wait, patience)} ({_first_line(error)})") from error
+    else:
+        _take_back(wait)
     finally:
         _OPEN.remove(wait)
+
+
+def remember(wait: Wait) -> None:
+    """Count a wait among those that :func:`hang_report` tells of."""
+    _OPEN.append(wait)
+
+
+def forget(wait: Wait) -> None:
+    """It came."""
+    _take_back(wait)
+    _OPEN.remove(wait)
+
+
+def _take_back(wait: Wait) -> None:
+    """What was told of a wait that ended well holds no more."""
+    if wait.told:
+        with contextlib.suppress(Exception):
+            wait.group.get_group_store().delete_key(_key(dist.get_rank()))
 
 
 def hang_report(patience: float = 2.0) -> str:
@@ -90,6 +112,7 @@ def hang_report(patience: float = 2.0) -> str:
 def tell(wait: Wait, patience: float) -> str:
     """Publish what this rank waits for, and put what is heard of the others into a sentence."""
     me, ranks = dist.get_rank(), dist.get_process_group_ranks(wait.group)
+    wait.told = True
     now, heard = _Said(wait.text, wait.seconds), dict[int, _Said]()
     # the store may be gone with the rank that held it, and then answers late or never
     asker = threading.Thread(target=_ask, args=(wait.group, now, patience, heard), daemon=True)

@@ -1,6 +1,7 @@
 """Ranks that end, stall or receive what was not sent: what each of the others says."""
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 import distmuon
 from distmuon.comm.exchange import Transfer
+from distmuon.comm.waiting import Wait
+from distmuon.comm.watch import Watch
 
 SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
 TIMEOUT = 1.5
@@ -156,6 +159,34 @@ def test_a_report_can_be_asked_for_and_disturbs_nobody(three):
     for rank in (0, 2):
         assert f"rank {rank} waited " in found[rank]
         assert f"rank {2 - rank} for the same; nothing is heard of rank 1" in found[rank]
+
+
+def watched():
+    """Ranks 0 and 2 start an exchange that the host does not wait for, which rank 1 joins late."""
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+    ones, received = torch.ones(3), torch.empty(3)
+    work = dist.all_to_all_single(received, ones, async_op=True)
+    watch, lines = Watch(seconds=0.5), []
+    with mock.patch.object(logging.getLogger("distmuon"), "error", lambda text, line: lines.append(text % line)):
+        watch.add(Wait(dist.group.WORLD, "the exchange of something"), work)
+        report = distmuon.hang_report(patience=0.0) if dist.get_rank() != 1 else ""
+        work.wait()
+        time.sleep(0.2)
+    return lines, report, distmuon.hang_report(), received.tolist()
+
+
+def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
+    found = three.run(watched)
+    assert found[1][0] == []
+    for rank, (lines, report, after, received) in enumerate(found):
+        assert after == f"rank {rank} waits for no exchange of distmuon"
+        assert received == [1.0] * 3
+        if rank != 1:
+            assert f"rank {rank} waited 0.0 s in vain for the exchange of something" in report
+            assert len(lines) == 1
+            assert lines[0].startswith(f"rank {rank} waited 0.")
+            assert "nothing is heard of rank 1" in lines[0]
 
 
 def test_a_report_without_ranks():

@@ -1,0 +1,83 @@
+"""Exchanges that the host does not wait for, as with NCCL: a thread looks whether they end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from distmuon.comm.waiting import Wait, forget, remember, tell
+
+logger = logging.getLogger("distmuon")
+
+# Part of a group's time-out after which an exchange is told of: then the group's own watchdog ends the process
+_TOLD_AFTER = 0.9
+# Looks of the thread in that time
+_LOOKS = 20
+
+
+class Watch:
+    """Tells, once, of exchanges that do not end: which, and which ranks wait for the same.
+
+    Args:
+        seconds: After which an exchange is told of.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._pending: list[tuple[Wait, dist.Work]] = []
+        self._told = False
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, wait: Wait, work: dist.Work) -> None:
+        """Look after an exchange that has been started; costs a query of those before it, and waits for nothing."""
+        remember(wait)
+        self.look()
+        with self._lock:
+            self._pending.append((wait, work))
+        if self._thread is None:
+            looking = (weakref.ref(self), self._seconds / _LOOKS)
+            self._thread = threading.Thread(target=_look_again, args=looking, name="distmuon watch", daemon=True)
+            self._thread.start()
+
+    def look(self) -> None:
+        """Forget what has ended, and tell of what takes too long."""
+        with self._lock:
+            while self._pending and self._pending[0][1].is_completed():
+                forget(self._pending.pop(0)[0])
+                self._told = False
+            late = self._pending[0][0] if self._pending else None
+        if late is not None and late.seconds > self._seconds and not self._told:
+            self._told = True
+            logger.error("%s", tell(late, patience=self._seconds / _LOOKS))
+
+
+def watch_of(group: dist.ProcessGroup, device: torch.device) -> Watch | None:
+    """A watch over exchanges of a group; None for gloo, where the host waits itself and is told by an error."""
+    if device.type == "cpu" or dist.get_backend(group) == "gloo":
+        return None
+    return Watch(_TOLD_AFTER * _timeout(group, device))
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds after which a group gives up; torch says it in a private place only."""
+    try:
+        seconds: float = group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return 600.0  # the default of torch for NCCL
+    return seconds
+
+
+def _look_again(watched: weakref.ref[Watch], pause: float) -> None:
+    while True:
+        time.sleep(pause)
+        watch = watched()
+        if watch is None:
+            return
+        watch.look()
+        del watch
