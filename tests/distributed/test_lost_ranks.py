@@ -173,13 +173,16 @@ def watched():
         report = distmuon.hang_report(patience=0.0) if dist.get_rank() != 1 else ""
         work.wait()
         time.sleep(0.2)
-    return lines, report, distmuon.hang_report(), received.tolist()
+    watch.look()
+    told = dist.group.WORLD.get_group_store().check([f"distmuon/waits/{dist.get_rank()}"])
+    return lines, report, distmuon.hang_report(), received.tolist(), told
 
 
 def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
     found = three.run(watched)
     assert found[1][0] == []
-    for rank, (lines, report, after, received) in enumerate(found):
+    for rank, (lines, report, after, received, told) in enumerate(found):
+        assert not told, "what was told of an exchange that came is taken back"
         assert after == f"rank {rank} waits for no exchange of distmuon"
         assert received == [1.0] * 3
         if rank != 1:
