@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distmuon.checkpoint.matching import Match, find_match, names_of
+from distmuon.checkpoint.matching import Match, find_match
 from distmuon.checkpoint.routing_table import enumerate_differences
 from distmuon.comm.layout import lay_out
 from distmuon.groups import Group, group_names
@@ -89,22 +89,31 @@ def _assemble(
     match: Match, state: Mapping[Hashable, Any], groups: Sequence[Group]
 ) -> tuple[list[Group], dict[Hashable, Any]]:
     """The present groups with saved settings, and the state that their parameters keep."""
-    named = names_of(groups) is not None
     merged: list[Group] = []
     kept: dict[Hashable, Any] = {}
     for index, (group, settings, ids) in enumerate(zip(groups, match.settings, match.ids, strict=True)):
         # a parameter without state needs a key that no other has
         params = [(index, place) if id_ is None else id_ for place, id_ in enumerate(ids)]
-        new = {**group, **(settings or {}), "params": params, "use_muon": group["use_muon"]}
-        if named:
-            new["param_names"] = group["param_names"]
-        elif any(isinstance(id_, str) for id_ in ids):
-            new.pop("param_names", None)  # in the order of the saved groups, not of these parameters
+        new = {**group, **_settings(settings or {}), **_own(group), "params": params}
         merged.append(new)
         for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
             if id_ is not None and id_ in state:
                 kept[id_] = {key: _lay_out(f"{key} of {name!r}", value, param) for key, value in state[id_].items()}
     return merged, kept
+
+
+def _settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a saved group, with the tuples that a full state dict of torch has turned into lists."""
+    return {key: value if key == "param_names" else _as_tuples(value) for key, value in saved.items()}
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _own(group: Group) -> dict[str, Any]:
+    """What a group keeps of its own: who its parameters are, and who updates them."""
+    return {key: group[key] for key in ("use_muon", "param_names") if key in group}
 
 
 def _lay_out(what: str, value: Any, param: Tensor) -> Any:

@@ -118,9 +118,11 @@ def _by_qualified_name(saved: Sequence[Group], state: State, groups: Sequence[Gr
         [id_ if name not in changed and id_ in state else None for name, id_ in zip(members, keys, strict=True)]
         for members, keys in zip(labels, ids, strict=True)
     ]
-    # a group of which no parameter was saved comes without settings
+    # a group of which no parameter was saved comes without settings; names are in the order of the saved groups
     settings = [
-        old if len(old) > 1 and _route(old) in (None, _route(new)) else None
+        {key: value for key, value in old.items() if key != "param_names"}
+        if len(old) > 1 and _route(old) in (None, _route(new))
+        else None
         for old, new in zip(saved, groups, strict=True)
     ]
     found = differences(told, present)
