@@ -62,6 +62,12 @@ def _tokenize(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _export(arguments: Sequence[str]) -> int:
+    from distmuon.pretrain.export_command import run_command
+
+    return run_command(arguments)
+
+
 def _check(arguments: Sequence[str]) -> int:
     from distmuon.checking.command import run_command
 
@@ -83,6 +89,7 @@ def _plan(arguments: Sequence[str]) -> int:
 COMMANDS = {
     "calibrate": Command(_calibrate, "measure how fast the engines are on this machine"),
     "check": Command(_check, "prove that the sharded update of your model is the single-device one"),
+    "export": Command(_export, "write the model of a run for transformers, as safetensors"),
     "plan": Command(_plan, "predict the step on a cluster: owners, time, memory, and what would be better"),
     "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
     "tokenize": Command(_tokenize, "turn text into shards of tokens, once for many runs"),
