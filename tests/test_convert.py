@@ -437,6 +437,23 @@ def test_states_of_dion_from_before_its_counters_moved() -> None:
     assert {int(one["step"]) for one in convert(old)["state"].values() if "step" in one} == {3}
 
 
+def test_jordans_scale_is_one_of_dions_for_tall_and_another_for_wide_matrices() -> None:
+    case = replace(CASES[5], ours={"ns_coefficients": DION, "nesterov": True, "adjust_lr_fn": None})
+    case = replace(case, shapes={**MATRICES, **REST})
+    params = parameters(case, torch.float64)
+    optimizer = build_ours(case, params)
+    advance([optimizer], params, range(3))
+    wanted = [["tall", "square"], ["twin", "wide"], list(REST)]
+    state = convert(optimizer.state_dict(), target="dion", target_names=wanted)
+    assert [group["adjust_lr"] for group in state["param_groups"]] == ["spectral_norm", None, "spectral_norm"]
+    back = {name: nn.Parameter(params[name].detach().clone()) for members in wanted for name in members}
+    groups: list[dict[str, Any]] = [{"params": [back[name] for name in members]} for members in wanted]
+    run = theirs.Dion([*groups[:2], {**groups[2], "algorithm": "adamw"}])
+    run.load_state_dict(through_file(state))
+    expected = advance([run], back, range(3, 6))
+    assert_same_way(advance([optimizer], params, range(3, 6)), expected, TOLERANCE[torch.float64])
+
+
 def test_torch_muon_alone() -> None:
     params = [nn.Parameter(torch.ones(4, 3))]
     muon = torch.optim.Muon(params)
@@ -477,6 +494,10 @@ def test_dtensors_stay_dtensors(tmp_path: Any) -> None:
         momentum = optimizer.state[sharded["tall"]]["momentum_buffer"].full_tensor()
         exact = run.state[whole["tall"]]["momentum_buffer"].double() * (1 - 0.9)
         assert torch.equal(momentum, exact.float())
+        # whole tensors, as a file from one device has them, are cut when they are loaded
+        other = build_ours(case, sharded)
+        other.load_state_dict(convert(run.state_dict(), optimizer=other, names=names_of([run], whole)))
+        assert torch.equal(other.state[sharded["tall"]]["momentum_buffer"].full_tensor(), momentum)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -605,7 +626,7 @@ def test_what_a_target_cannot_express_is_told() -> None:
             {"ns_coefficients": "rational2", "ns_steps": None},
             "a rational function is known to no other",
         ),
-        ("dion", {"ns_coefficients": "auto", "ns_steps": None}, "'tall' has adjust_lr_fn=None, and dion.Muon knows"),
+        ("dion", {"ns_coefficients": "auto", "ns_steps": None}, "'tall' and 'wide' are to share a group"),
         ("dion", {}, "ns_coefficients='quintic' with ns_steps=6, which dion.Muon does not run"),
         (
             "fsdp_optimizers",

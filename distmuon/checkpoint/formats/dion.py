@@ -13,6 +13,7 @@ other updates, with state that :class:`distmuon.Muon` does not keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,21 +155,41 @@ def _muon_group(members: Sequence[Entry]) -> dict[str, Any]:
     for entry in members:
         check_muon(entry, "dion.Muon")
         check_stages(entry, "dion.Muon", (POLAR_EXPRESS, TABLES["quintic5"].stages))
-        if resolve_lr_scale(entry.settings.get("adjust_lr_fn")) not in _SCALES:
-            raise ValueError(
-                f"parameter {entry.name!r} has adjust_lr_fn={entry.settings.get('adjust_lr_fn')!r}, and dion.Muon "
-                "knows the scales spectral, match_rms_adamw and none alone: its steps would be others."
-            )
     found = common(members, ("lr", "weight_decay", "momentum", "nesterov", "eps", "adjust_lr_fn", "initial_lr"))
     return {
         **_DEFAULTS,
         **kept(found, "lr", "weight_decay", "nesterov"),
         "mu": number(found["momentum"]),
         "epsilon": number(found.get("eps", 1e-8)),
-        "adjust_lr": _SCALES[resolve_lr_scale(found.get("adjust_lr_fn"))],
+        "adjust_lr": _scale(members, resolve_lr_scale(found.get("adjust_lr_fn"))),
         "flatten": any(entry.flatten for entry in members),
         "algorithm": "muon",
     }
+
+
+def _scale(members: Sequence[Entry], name: str) -> str | None:
+    """Their name of a scale; Jordan's is one of theirs for tall matrices and another for wide ones.
+
+    Raises:
+        ValueError: for a group of both, naming one of each.
+    """
+    if name in _SCALES:
+        return _SCALES[name]
+    sides = [(entry, *_rows_and_cols(entry)) for entry in members if entry.state]
+    tall = [entry.name for entry, rows, cols in sides if rows > cols]
+    wide = [entry.name for entry, rows, cols in sides if rows < cols]
+    if tall and wide:
+        raise ValueError(
+            f"parameters {tall[0]!r} and {wide[0]!r} are to share a group with adjust_lr_fn={name!r}, which is "
+            "'spectral_norm' of dion for tall matrices and None for wide ones: name them in groups of their own by "
+            "target_names=."
+        )
+    return _SCALES["spectral"] if tall else _SCALES["none"]
+
+
+def _rows_and_cols(entry: Entry) -> tuple[int, int]:
+    shape = entry.state["momentum_buffer"].shape
+    return (shape[0], math.prod(shape[1:])) if entry.flatten else (shape[-2], shape[-1])
 
 
 def _adamw_group(members: Sequence[Entry]) -> dict[str, Any]:
