@@ -73,14 +73,14 @@ def _refuse_changes(match: Match) -> None:
 
 
 def _warn_of_changes(match: Match) -> None:
-    unset = ", ".join(str(index) for index, settings in enumerate(match.settings) if settings is None)
     texts = []
     if match.found:
         texts.append(f"these parameters changed and start without state: {enumerate_differences(match.found)}")
     if match.elsewhere:
         texts.append(f"the optimizer lacks parameters of the state dict: {enumerate_differences(match.elsewhere)}")
-    if unset and (match.found or match.regrouped):
-        texts.append(f"group {unset} keeps its present settings, as its parameters had no group of their own")
+    unset = [str(index) for index, settings in enumerate(match.settings) if settings is None]
+    if unset:
+        texts.append(f"no saved group has the parameters of group {', '.join(unset)}, which keeps its settings")
     if texts:
         warnings.warn(f"{'; '.join(texts)}.", stacklevel=4)
 
