@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_runs
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distmuon import cli
 from distmuon.pretrain import UserError, load_config, train
@@ -100,7 +101,11 @@ def test_what_is_beside_the_weights(run: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "model")
     assert config.use_cache
     assert (config.bos_token_id, config.eos_token_id) == (256, 256)
-    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    text = (Path(__file__).parents[2] / "docs" / "convert.md").read_text(encoding="utf-8")
+    shown = text.split("```python\n")[2].split("```")[0]
+    known: dict[str, Any] = {}
+    exec(shown.replace("models/debug", str(tmp_path / "model")), known)
+    model, tokenizer = known["model"], known["tokenizer"]
     ids = tokenizer("abc", return_tensors="pt").input_ids
     assert ids.tolist() == [[97, 98, 99]]
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 3

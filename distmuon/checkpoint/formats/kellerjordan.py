@@ -84,7 +84,7 @@ class KellerJordan:
                 ordered = self._ordered(members)
                 written.append((self._muon_group(members), [dict(entry.state) for entry in ordered]))
             else:
-                settings = {**common(members, ADAMW_KEYS), "use_muon": False}
+                settings = {**kept(common(members, ADAMW_KEYS), *_ADAMW), "use_muon": False}
                 states = [{**e.state, "step": step_number(e.state["step"])} if e.state else {} for e in members]
                 written.append((settings, states))
         return write_groups(written)
@@ -124,7 +124,7 @@ class KellerJordan:
             if repeated(entry, self.name, QUINTIC)[1] != _STEPS:
                 raise ValueError(f"parameter {entry.name!r} has another ns_steps than the {_STEPS} of {self.name}.")
             self._check_scale(entry)
-        return {**common(members, (*_MUON, "initial_lr")), "use_muon": True}
+        return {**kept(common(members, (*_MUON, "initial_lr")), *_MUON), "use_muon": True}
 
     def _check_scale(self, entry: Entry) -> None:
         shape = tuple(entry.state["momentum_buffer"].shape) if entry.state else ()

@@ -101,7 +101,7 @@ class Moonlight:
         muon = [entry for entry in entries if entry.use_muon]
         adamw = [entry for entry in entries if not entry.use_muon]
         settings = {"momentum": 0.95, "nesterov": True, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8, self.decay: 0.0}
-        settings |= {"ns_steps": 5, **common(entries, ("lr", "initial_lr"))}
+        settings |= {"ns_steps": 5, **kept(common(entries, ("lr", "initial_lr")), "lr")}
         if muon:
             settings |= self._muon_settings(muon)
             if self.decays_matrices:

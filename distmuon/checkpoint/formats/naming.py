@@ -86,8 +86,10 @@ def regroup(entries: Sequence[Entry], wanted: Sequence[Iterable[str]]) -> list[l
         ValueError: for a parameter that one side has and the other has not, or a group of both algorithms.
     """
     by_name = {entry.name: entry for entry in entries}
-    groups = []
+    groups: list[list[Entry]] = []
     for members in wanted:
+        if isinstance(members, str):
+            raise ValueError(f"target_names holds the name {members!r} where names of a group belong: [[...], [...]].")
         found = []
         for name in map(clean_name, members):
             if name not in by_name:
@@ -96,6 +98,8 @@ def regroup(entries: Sequence[Entry], wanted: Sequence[Iterable[str]]) -> list[l
                     "check names=."
                 )
             found.append(by_name.pop(name))
+        if not found:
+            raise ValueError(f"group {len(groups)} of the target has no names: leave it out.")
         groups.append(found)
     if by_name:
         raise ValueError(f"parameter {next(iter(by_name))!r} of the source is not among the target's: check names=.")
