@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import distmuon
 from distmuon.checkpoint import convert
@@ -502,6 +503,30 @@ def test_torch_muon_alone() -> None:
     assert back["param_groups"] == muon.state_dict()["param_groups"]
 
 
+def test_what_dcp_makes_of_two_optimizers_knows_its_names() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.LayerNorm(6))
+    matrices = [model[0].weight, model[1].weight]
+    others = [param for param in model.parameters() if all(param is not one for one in matrices)]
+    run = [torch.optim.Muon(matrices, **MUON), torch.optim.AdamW(others, **ADAMW)]
+    params = dict(model.named_parameters())
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().sum().backward()
+        for one in run:
+            one.step()
+    state = through_file(get_optimizer_state_dict(model, run))
+    optimizer = distmuon.Muon([{"params": [(n, p) for n, p in params.items() if p.ndim == 2], "use_muon": True}])
+    optimizer.add_param_group(
+        {"params": [(n, p) for n, p in params.items() if p.ndim < 2], "use_muon": False, "lr": 0.5}
+    )
+    found = convert(state, optimizer=optimizer)
+    names = {**{id(p): n for n, p in params.items()}}
+    pair = convert(
+        [one.state_dict() for one in run], optimizer=optimizer, names=[names[id(p)] for p in [*matrices, *others]]
+    )
+    assert str(found) == str(pair)
+
+
 def test_dtensors_stay_dtensors(tmp_path: Any) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -635,6 +660,9 @@ def test_other_updates_are_refused() -> None:
     (run,) = CASES[4].build(parameters(CASES[4], torch.float32))
     with pytest.raises(ValueError, match="nesterov=False, with which fsdp_optimizers steps along the plain gradient"):
         convert(change(run.state_dict(), nesterov=False))
+    axes = {"state": {0: {"momentum_buffer": torch.ones(2, 2, 2, 2, 2)}}, "param_groups": [{**MUON, "params": [0]}]}
+    with pytest.raises(ValueError, match=r"has 5 axes, and distmuon.Muon has no such stack of matrices"):
+        convert(axes)
     kernel = replace(CASES[2], shapes={"conv": (4, 2, 3, 1), **REST})
     source = parameters(kernel, torch.float32)
     (run,) = kernel.build(source)

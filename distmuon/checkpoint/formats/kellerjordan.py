@@ -154,10 +154,12 @@ def _scale_setting(name: str, shape: Sequence[int]) -> str:
     """The ``adjust_lr_fn`` that has Jordan's scale for a weight of this shape.
 
     Raises:
-        ValueError: for a kernel that is higher than wide, whose scale depends on it.
+        ValueError: for a kernel that is higher than wide, whose scale depends on it, and for more than four axes.
     """
     if len(shape) < 4:
         return "original"
+    if len(shape) > 4:
+        raise ValueError(f"parameter {name!r} has {len(shape)} axes, and distmuon.Muon has no such stack of matrices.")
     if shape[-2] > shape[-1]:
         raise ValueError(
             f"parameter {name!r} has a kernel of {shape[-2]} x {shape[-1]}, by which Jordan's code scales its learning "

@@ -31,9 +31,11 @@ def source_names(state_dicts: Sequence[StateDict], names: Iterable[str] | None) 
     """
     groups = [group for one in state_dicts for group in one["param_groups"]]
     if names is None:
-        if not all("param_names" in group for group in groups):
+        # torch.distributed.checkpoint calls parameters by name
+        members = [group.get("param_names", group["params"]) for group in groups]
+        names = [name for group in members for name in group]
+        if not all(isinstance(name, str) for name in names):
             return None
-        names = [name for group in groups for name in group["param_names"]]
     found, seen = [clean_name(name) for name in names], set()
     count = sum(len(group["params"]) for group in groups)
     if len(found) != count:

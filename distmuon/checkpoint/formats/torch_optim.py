@@ -7,7 +7,8 @@ units and the order of operations are those of this project.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distmuon.checkpoint.formats.entries import (
@@ -48,28 +49,32 @@ _DEFAULTS = {
 
 
 class TorchOptim:
-    """One state dict of Muon, or two: Muon's and AdamW's."""
+    """The state dicts of Muon and of AdamW, or one that ``torch.distributed.checkpoint`` made of both."""
 
     name = "torch"
 
     def matches(self, state_dicts: Sequence[StateDict]) -> bool:
-        """Group keys of torch.optim.Muon in the first."""
-        return len(state_dicts) in (1, 2) and has_keys(state_dicts[:1], _MUON)
+        """Groups of torch.optim.Muon, and perhaps others of AdamW."""
+        groups = [group for one in state_dicts for group in one["param_groups"]]
+        adamw = [group for group in groups if not _is_muon(group)]
+        muon = [group for group in groups if _is_muon(group)]
+        rest = (*_REFUSED, *_FREE)
+        return (
+            bool(muon)
+            and has_keys([{"param_groups": muon}], _MUON)
+            and has_keys([{"param_groups": adamw}], _ADAMW, rest)
+        )
 
     def read(self, state_dicts: Sequence[StateDict], names: Sequence[str], shapes: Shapes | None) -> list[Entry]:
         """See :class:`distmuon.checkpoint.formats.entries.Format`."""
-        if len(state_dicts) > 2:
-            raise ValueError(f"source='torch' takes the state dicts of Muon and of AdamW, and got {len(state_dicts)}.")
-        muon = read_groups(state_dicts[0], names)
-        entries = []
-        for group in muon:
-            check_keys(group, _PROJECT, _MUON)
-            settings = kept(group.settings, *_MUON)
-            for name, state in zip(group.names, group.states, strict=True):
-                entries.append(Entry(name, group.number, True, settings, read_state(name, state, MUON_STATE)))
-        for other in state_dicts[1:]:
-            for group in read_groups(other, names[len(entries) :]):
-                entries.extend(self._read_adamw(group, len(muon)))
+        entries: list[Entry] = []
+        before = 0
+        for state_dict in state_dicts:
+            groups = read_groups(state_dict, names[len(entries) :])
+            for group in groups:
+                read = _read_muon if _is_muon(group.settings) else _read_adamw
+                entries.extend(replace(entry, group=before + entry.group) for entry in read(group))
+            before += len(groups)
         return entries
 
     def write(self, groups: Sequence[Sequence[Entry]]) -> tuple[StateDict, StateDict]:
@@ -81,24 +86,38 @@ class TorchOptim:
             parts[use_muon].append((settings, [dict(entry.state) for entry in members]))
         return write_groups(parts[True]), write_groups(parts[False])
 
-    def _read_adamw(self, group: Group, before: int) -> list[Entry]:
-        check_keys(group, "torch.optim.AdamW", _ADAMW, (*_REFUSED, *_FREE))
-        found = group.settings
-        for key in _REFUSED:
-            if found.get(key):
-                raise ValueError(f"parameter {group.names[0]!r} has {key}=True in AdamW, which distmuon.Muon has not.")
-        if found["weight_decay"] and not found.get("decoupled_weight_decay", True):
-            raise ValueError(
-                f"parameter {group.names[0]!r} has weight_decay={found['weight_decay']} in torch.optim.Adam, which "
-                "adds it to the gradient: distmuon.Muon decays as AdamW does."
-            )
-        entries = []
-        for name, state in zip(group.names, group.states, strict=True):
-            read = read_state(name, state, ADAMW_STATE)
-            if read:
-                read["step"] = step_tensor(read["step"])
-            entries.append(Entry(name, before + group.number, False, kept(found, *_ADAMW), read))
-        return entries
+
+def _is_muon(settings: Mapping[str, Any]) -> bool:
+    return "ns_coefficients" in settings
+
+
+def _read_muon(group: Group) -> list[Entry]:
+    check_keys(group, _PROJECT, _MUON)
+    settings = kept(group.settings, *_MUON)
+    return [
+        Entry(name, group.number, True, settings, read_state(name, state, MUON_STATE))
+        for name, state in zip(group.names, group.states, strict=True)
+    ]
+
+
+def _read_adamw(group: Group) -> list[Entry]:
+    check_keys(group, "torch.optim.AdamW", _ADAMW, (*_REFUSED, *_FREE))
+    found = group.settings
+    for key in _REFUSED:
+        if found.get(key):
+            raise ValueError(f"parameter {group.names[0]!r} has {key}=True in AdamW, which distmuon.Muon has not.")
+    if found["weight_decay"] and not found.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"parameter {group.names[0]!r} has weight_decay={found['weight_decay']} in torch.optim.Adam, which "
+            "adds it to the gradient: distmuon.Muon decays as AdamW does."
+        )
+    entries = []
+    for name, state in zip(group.names, group.states, strict=True):
+        read = read_state(name, state, ADAMW_STATE)
+        if read:
+            read["step"] = step_tensor(read["step"])
+        entries.append(Entry(name, group.number, False, kept(found, *_ADAMW), read))
+    return entries
 
 
 def _muon_group(members: Sequence[Entry]) -> dict[str, Any]:
