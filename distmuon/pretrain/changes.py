@@ -15,7 +15,15 @@ from distmuon.pretrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 # these change what is written or shown, not what is computed
-_HARMLESS = ("log.", "checkpoint.", "train.eval_", "train.sample_", "train.threads", "data.cache_dir")
+_HARMLESS = (
+    "log.",
+    "checkpoint.",
+    "train.eval_",
+    "train.sample_",
+    "train.threads",
+    "data.cache_dir",
+    "parallel.timeout_seconds",
+)
 # a checkpoint holds tensors of these
 _FIXED = ("model.", "optim.name")
 

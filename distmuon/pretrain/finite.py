@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite: what ends the run, and what is left out of it."""
+"""Steps whose numbers cannot be right: what ends the run, and what is left out of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FiniteGuard:
 
     def __init__(self, config: Config, optimizer: Optimizer, device: torch.device) -> None:
         self._config, self._optimizer = config, optimizer
-        self._decides = getattr(config.optim, "on_nonfinite", None) if config.optim.name == "muon" else None
+        self._decides = config.optim.on_nonfinite if config.optim.name == "muon" else None
         self._waits = device.type != "cpu"
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = 0
@@ -57,7 +57,8 @@ class FiniteGuard:
         """The optimizer's step.
 
         Raises:
-            AgreedError: If the optimizer refuses the gradient, or has left out too many steps in a row.
+            AgreedError: If the optimizer refuses the gradient, or has left out too many steps in a row; or if
+                ``optim.verify_exchange`` found that something arrived changed.
         """
         before = self.skipped_steps
         try:
@@ -65,6 +66,11 @@ class FiniteGuard:
         except FloatingPointError as error:
             # its first sentence names the parameters
             raise AgreedError(self._sentence(step, str(error).split(". ")[0])) from error
+        except RuntimeError as error:
+            # of verify_exchange, on all ranks
+            if "arrived changed" not in str(error):
+                raise
+            raise AgreedError(f"in step {step}, {error} with --resume auto.") from error
         if before is None:
             return
         if self.skipped_steps == before:

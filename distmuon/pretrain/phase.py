@@ -58,4 +58,5 @@ def short_reason(error: BaseException) -> str:
     """A message of torch or gloo in one line, without places in their sources and advice."""
     text = re.sub(r"\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*", "", " ".join(str(error).split()))
     text = re.sub(r"^rank \d+: ", "", text)
-    return text.split(". This is typically caused by")[0].rstrip(".:")[:300]
+    text = re.sub(r"\. This is typically caused by[^)]*", "", text)
+    return text.rstrip(".: ")[:600]
