@@ -332,6 +332,18 @@ def other_plan(layout, folder, ours, teams):
     return found
 
 
+def loaded_without_torch(source, target):
+    """What plain ``load_state_dict`` says to the sharded tensors of another layout; empty if nothing."""
+    saved = Run(source, UNEVEN)
+    saved.steps(range(1))
+    run = Run(target, UNEVEN)
+    try:
+        run.optimizer.load_state_dict(saved.optimizer.state_dict())
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 OTHER = dict(lr=0.5, momentum=0.1, weight_decay=0.9, adamw_lr=0.7, adamw_betas=(0.1, 0.2))
 
 

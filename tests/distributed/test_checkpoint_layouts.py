@@ -107,6 +107,15 @@ def test_rates_that_are_tensors(on, saved, target):
     assert on(target, layouts.load, saved("fsdp2", case), ["sharded", "full"], case, other) == []
 
 
+def test_shards_of_another_layout_are_an_error(on):
+    """torch takes them, and the next step would take a shard for the whole or for another one."""
+    for source, target in [("fsdp2", "ddp2"), ("fsdp4", "hsdp2x2")]:
+        found = on(source, layouts.loaded_without_torch, target)
+        assert len(found) == layouts.LAYOUTS[source][0]
+        assert all("momentum_buffer of 'experts' is (Shard(dim=0),) on DeviceMesh" in text for text in found)
+        assert all("with torch.distributed.checkpoint and its get_optimizer_state_dict" in text for text in found)
+
+
 PLANS = {
     "small buckets": (dict(bucket_bytes=64), False),
     "replicas repeat": (dict(replicas="repeat"), False),
