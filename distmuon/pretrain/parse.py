@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from distmuon.pretrain.config import Config
 from distmuon.pretrain.errors import UserError
@@ -77,6 +77,8 @@ def load_config(path: str | pathlib.Path, *overrides: str) -> Config:
 
 def build_parser(prog: str) -> ArgumentParser:
     """The parser of all settings, its help text from the docstrings of the dataclasses."""
+    # a mapping with the key class_path would import what it names
+    set_parsing_settings(import_path_denylist=["*"])
     parser = ArgumentParser(prog=prog, usage=f"{prog} {USAGE}", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; later flags override it.")
     parser.add_argument(

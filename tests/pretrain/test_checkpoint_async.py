@@ -110,11 +110,10 @@ def fail_behind(folder: Path, on: int) -> tuple[int, str]:
 
         with mock.patch.object(Writer, "write_data", fails):
             saver.save(2)
-            for step in range(10_000):
-                message = message_of(saver.poll)
-                if message:
-                    break
-    return step, message
+            polls, message = 0, ""
+            while not message and polls < 10_000:
+                polls, message = polls + 1, message_of(saver.poll)
+    return polls, message
 
 
 @pytest.mark.parametrize("on", [0, 1])

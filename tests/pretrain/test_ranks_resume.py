@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import rank_runs
 import torch
+from checkpoint_states import different, saved_state
 from harness import Pool
 
 Tiny = Callable[..., Path]
@@ -40,6 +41,8 @@ def test_resume_is_exact_in_the_same_layout(tiny: Tiny, two: Pool, layout: str) 
     assert parts.norms == whole.norms
     assert parts.validation == whole.validation
     assert [record["step"] for record in parts.records] == list(range(1, 13))
+    ends = [saved_state(Path(done.folder) / "checkpoints" / "step-12") for done in (parts, whole)]
+    assert different(*ends) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_states import different, saved_state
+from torch import Tensor
 
 from distmuon.pretrain import Interrupted, Summary, UserError, load_config, train
 from distmuon.pretrain.checkpoint import list_checkpoints, newest_checkpoint
@@ -59,6 +61,17 @@ def test_resume_is_exact_over_the_end_of_an_epoch(tiny: Tiny, monkeypatch: pytes
     assert [record["step"] for record in computed(parts.run_dir)] == list(range(1, 21))
     assert parts.validation_loss == whole.validation_loss
     assert parts.validation_curve == whole.validation_curve
+    assert_same_state(parts, whole)
+
+
+def assert_same_state(parts: Summary, whole: Summary) -> None:
+    """Weights, momentum, random numbers, data position and schedule at the end, bit for bit."""
+    one, two = (saved_state(Path(summary.checkpoint or "")) for summary in (parts, whole))
+    assert different(one, two) == []
+    tensors = [name for name, value in one.items() if isinstance(value, Tensor)]
+    assert any(name.startswith("app.model.") for name in tensors)
+    assert any(name.endswith((".momentum_buffer", ".exp_avg")) for name in tensors)
+    assert {"app.train_state.rng", "app.dataloader", "app.lr_scheduler.last_epoch"} <= set(one)
 
 
 def test_resume_is_exact_with_dropout_and_accumulation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +79,7 @@ def test_resume_is_exact_with_dropout_and_accumulation(tiny: Tiny, monkeypatch: 
     whole = train(load_config(tiny("whole", **changes)))
     parts = run_in_two(tiny("parts", **changes), monkeypatch, 7)
     assert computed(parts.run_dir) == computed(whole.run_dir)
+    assert_same_state(parts, whole)
 
 
 def test_resume_is_exact_with_tied_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +87,7 @@ def test_resume_is_exact_with_tied_weights(tiny: Tiny, monkeypatch: pytest.Monke
     whole = train(load_config(tiny("whole", **changes)))
     parts = run_in_two(tiny("parts", **changes), monkeypatch, 7)
     assert computed(parts.run_dir) == computed(whole.run_dir)
+    assert_same_state(parts, whole)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         BrokenCheckpoint: If there is none, or not the one that was written.
     """
     try:
+        if not stat.S_ISREG((folder / FILE).stat().st_mode):
+            raise BrokenCheckpoint(f"{FILE} is not a file")
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
         if content["format"] != FORMAT:

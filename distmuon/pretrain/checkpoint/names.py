@@ -6,8 +6,9 @@ import pathlib
 import re
 import secrets
 
-_FINAL = re.compile(r"step-(\d{1,18})", re.ASCII)
-_WRITING = re.compile(r"\.writing-step-(\d{1,18})-[0-9a-f]{8}", re.ASCII)
+_NUMBER = "(0|[1-9][0-9]{0,17})"
+_FINAL = re.compile(f"step-{_NUMBER}")
+_WRITING = re.compile(rf"\.writing-step-{_NUMBER}-[0-9a-f]{{8}}")
 LOCK = ".lock"
 
 
