@@ -135,6 +135,17 @@ def test_what_fits_loads_without_a_warning(saved, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_frozen_parameters_need_no_state(saved, way):
+    for model, _ in (saved, twin := make()):
+        model.middle.weight.requires_grad_(False)
+    del saved[1].state[saved[0].middle.weight]
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        way(saved, *twin)
+    assert_same_state(state_of(*twin), state_of(*saved))
+    assert twin[0].middle.weight not in twin[1].state
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_parameter_that_moved_to_adamw(saved, way):
     settings = {"adamw_names": ["middle.weight"]}
     rejects(saved, way, *make(**settings), "'middle.weight' was on Muon and is on AdamW now")
@@ -159,10 +170,11 @@ def test_another_shape(saved, way):
     assert text in resets(saved, way, *make(width=5), *changed)
 
 
-def test_another_name(saved):
+@pytest.mark.parametrize("way", [through_plain, through_dcp])
+def test_another_name(saved, way):
     texts = [f"'middle.{kind}' is called 'core.{kind}' now" for kind in ("weight", "bias")]
-    rejects(saved, through_plain, *make(middle="core"), *texts)
-    message = resets(saved, through_plain, *make(middle="core"), "middle.weight", "middle.bias")
+    rejects(saved, way, *make(middle="core"), *texts)
+    message = resets(saved, way, *make(middle="core"), "middle.weight", "middle.bias")
     assert all(text in message for text in texts)
 
 

@@ -106,13 +106,13 @@ def _by_qualified_name(saved: Sequence[Group], state: State, groups: Sequence[Gr
     # what the saved groups say, which know their parameters by the names that the optimizer had
     told = {clean_name(name): _tell(_route(g)) for g in saved for name in g.get("param_names", ())} if names else {}
     named = bool(told)
-    for group, members, keys in zip(saved, labels, ids, strict=True):
-        for name, id_ in zip(members, keys, strict=True):
+    for group, members, keys, new in zip(saved, labels, ids, groups, strict=True):
+        for name, id_, param in zip(members, keys, new["params"], strict=True):
             if id_ in state:
                 route = told.get(name, _UNKNOWN)["on"]
                 told[name] = _tell(route if route != present[name]["on"] else None, state[id_], present[name]["on"])
-            elif not named:
-                told[name] = _tell(_route(group))
+            elif not named or not param.requires_grad:
+                told.setdefault(name, _tell(_route(group)))
     changed = changed_parameters(told, present)
     ids = [
         [id_ if name not in changed and id_ in state else None for name, id_ in zip(members, keys, strict=True)]
@@ -126,10 +126,9 @@ def _by_qualified_name(saved: Sequence[Group], state: State, groups: Sequence[Gr
         for old, new in zip(saved, groups, strict=True)
     ]
     found = differences(told, present)
-    # a stage of a pipeline lacks the parameters of other stages, and rightly
-    lacking = differences({name: told[name] for name in told if name not in present}, {})
-    if len(found) == len(lacking):
-        return Match(ids, settings, elsewhere=lacking)
+    if not changed and present.keys() <= told.keys():
+        # a stage of a pipeline lacks the parameters of other stages, and rightly
+        return Match(ids, settings, elsewhere=found)
     return Match(ids, settings, found)
 
 
