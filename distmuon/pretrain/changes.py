@@ -64,19 +64,14 @@ def write_config(path: pathlib.Path, config: Config, step: int) -> None:
     """Write the resolved config; another one that is there stays beside it, named for its last step.
 
     Raises:
-        UserError: If the disk refuses it.
+        OSError: If the disk refuses it.
     """
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    try:
-        if path.exists():
-            if path.read_bytes() == text.encode():
-                return
-            path.replace(path.with_name(f"config-until-step-{step}.yaml"))
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free space or set log.dir to a folder you may write to."
-        ) from error
+    if path.exists():
+        if path.read_bytes() == text.encode():
+            return
+        path.replace(path.with_name(f"config-until-step-{step}.yaml"))
+    path.write_text(text, encoding="utf-8")
 
 
 def _read(saved: pathlib.Path) -> dict[str, Any]:

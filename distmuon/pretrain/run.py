@@ -29,7 +29,7 @@ from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first
 from distmuon.pretrain.progress import Display, open_display
 from distmuon.pretrain.report import Summary, plot_loss, summarize
 from distmuon.pretrain.requeue import take_note
-from distmuon.pretrain.runfolder import RunFolder, open_run_folder
+from distmuon.pretrain.runfolder import RunFolder, open_run_folder, written
 from distmuon.pretrain.sample import sample_text
 from distmuon.pretrain.schedule import build_scheduler
 from distmuon.pretrain.sharding import build_mesh, decoder_blocks, place
@@ -107,11 +107,12 @@ def _open_corpus(config: Config) -> Corpus:
 
 
 def _prepare_folder(config: Config, parts: Parts, folder: RunFolder) -> None:
-    if folder.resume_from is not None:
-        for path in set_aside_newer(folder.resume_from):
-            logger.info("set aside a newer checkpoint as %s", path)
-    write_config(folder.config, config, step=int(parts.state.progress["step"]))
-    (folder.path / "routing.txt").write_text(parts.routing[1].rstrip() + "\n", encoding="utf-8")
+    with written(folder.path):
+        if folder.resume_from is not None:
+            for path in set_aside_newer(folder.resume_from):
+                logger.info("set aside a newer checkpoint as %s", path)
+        write_config(folder.config, config, step=int(parts.state.progress["step"]))
+        (folder.path / "routing.txt").write_text(parts.routing[1].rstrip() + "\n", encoding="utf-8")
 
 
 def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Parts]:
@@ -207,7 +208,7 @@ def _run_loop(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
     config, step = parts.config, int(parts.state.progress["step"])
     sinks: list[MetricsFile | TensorBoard] = []
     with contextlib.ExitStack() as stack:
-        with agreed():
+        with agreed(), written(folder.path):
             if rank() == 0:
                 sinks.append(stack.enter_context(MetricsFile(folder.metrics, after_step=step)))
             if rank() == 0 and config.log.tensorboard:
@@ -222,16 +223,17 @@ def _run_loop(parts: Parts, folder: RunFolder, corpus: Corpus) -> None:
             )
         hooks = Hooks(
             advance=display.advance,
-            record=functools.partial(_record, sinks, display),
+            record=functools.partial(_record, folder, sinks, display),
             validate=functools.partial(_validate, parts, corpus),
             saver=saver,
         )
         Loop(parts, hooks).run()
 
 
-def _record(sinks: list[MetricsFile | TensorBoard], display: Display, record: Record) -> None:
-    for sink in sinks:
-        sink.write(record)
+def _record(folder: RunFolder, sinks: list[MetricsFile | TensorBoard], display: Display, record: Record) -> None:
+    with written(folder.path):
+        for sink in sinks:
+            sink.write(record)
     display.show(record)
 
 
@@ -282,6 +284,11 @@ def _sample(parts: Parts, corpus: Corpus) -> str | None:
 
 
 def _report(parts: Parts, folder: RunFolder, sample: str | None) -> Summary:
+    with written(folder.path):
+        return _write_report(parts, folder, sample)
+
+
+def _write_report(parts: Parts, folder: RunFolder, sample: str | None) -> Summary:
     config, records = parts.config, read_metrics(folder.metrics)
     summary = summarize(
         records,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import pathlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distmuon.pretrain.checkpoint import find_problem, step_folders, step_of, unfinished
@@ -48,6 +50,23 @@ class RunFolder:
     def summary(self) -> pathlib.Path:
         """The result."""
         return self.path / "summary.json"
+
+
+@contextlib.contextmanager
+def written(folder: pathlib.Path) -> Iterator[None]:
+    """A block that writes into a run folder; what the disk refuses is one sentence.
+
+    Raises:
+        UserError: In the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or folder
+        raise UserError(
+            f"{name} cannot be written ({error.strerror or error}): free space or point log.dir at another disk, and "
+            "go on from the last checkpoint with --resume."
+        ) from error
 
 
 def open_run_folder(config: LogConfig, resume: str | None, *, verify: bool = True) -> RunFolder:

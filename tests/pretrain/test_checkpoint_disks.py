@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ import torch
 from checkpoint_states import TinyRun, message_of, same
 from harness import Pool, RankError, run_ranks
 
-from distmuon.pretrain import UserError
+from distmuon.pretrain import UserError, load_config, train
 from distmuon.pretrain.checkpoint import Saver, find_problem, list_checkpoints, load_checkpoint
 from distmuon.pretrain.checkpoint.names import lock_of, temporary
 from distmuon.pretrain.checkpoint.store import Writing
@@ -212,3 +212,26 @@ def test_an_error_of_the_run_waits_for_the_save_under_way(tmp_path: Path) -> Non
         raise UserError("of the run")
     assert find_problem(tmp_path / "step-1", hashes=True) is None
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def run_on_a_small_disk(path: Path, disk: Path, what: str) -> str:
+    """A whole run whose disk refuses one kind of write on rank 0."""
+    with mock.patch(what, side_effect=OSError(28, "No space left on device")):
+        return message_of(train, load_config(path, f"--log.dir={disk}"))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "distmuon.pretrain.run.write_config",
+        "distmuon.pretrain.run.MetricsFile",
+        "distmuon.pretrain.run.MetricsFile.write",
+        "distmuon.pretrain.report.Summary.save",
+    ],
+)
+def test_the_rest_of_a_run_folder_is_a_sentence_too(tiny: Callable[..., Path], tmp_path: Path, what: str) -> None:
+    said = run_on_a_small_disk(tiny(train__steps=2), tmp_path / "disk", what)
+    assert said == (
+        f"{tmp_path}/disk/tiny cannot be written (No space left on device): free space or point log.dir at another "
+        "disk, and go on from the last checkpoint with --resume."
+    )
