@@ -144,13 +144,14 @@ def copy_fails(path: Path, on: int) -> tuple[bool, str]:
         return rank_runs.message_of(path)
 
 
-def test_a_rank_without_memory_for_its_copy_is_a_sentence_on_all(tiny: Tiny, two: Pool) -> None:
+def test_a_rank_without_memory_for_its_copy_is_a_sentence_on_all(tiny: Tiny, two: Pool, tmp_path: Path) -> None:
     path = tiny()
     path.write_text(path.read_text(encoding="utf-8") + "parallel: {dp_shard: 2}\n", encoding="utf-8")
     first, second = two.run(copy_fails, path, 1)
     assert first == second
     assert first[0]
     assert "copy in host memory failed (MemoryError): set checkpoint.async_save to false" in first[1]
+    assert list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir()) == []
 
 
 def test_a_run_without_async_saves_is_the_same(tiny: Tiny) -> None:

@@ -89,6 +89,13 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     with mock.patch.object(Path, "rename", side_effect=OSError(30, "Read-only file system")):
         assert "(Read-only file system)" in fails_to_save(TinyRun().train(1), tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
+    # one that turns read-only lets nothing be removed either
+    read_only = OSError(30, "Read-only file system")
+    with (
+        mock.patch.object(Path, "rename", side_effect=read_only),
+        mock.patch.object(os, "unlink", side_effect=read_only),
+    ):
+        assert "(Read-only file system)" in fails_to_save(TinyRun().train(1), tmp_path, 1)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

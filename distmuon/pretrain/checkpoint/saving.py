@@ -74,11 +74,11 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt | RankLost):
+        if isinstance(error, KeyboardInterrupt | RankLost) or (error is not None and lost_others(error)):
             # the thread may wait for a rank that does not come; the next run clears up
             return
         try:
-            self.wait() if kind is None else self._wait_alone()
+            self.wait() if error is None else self._wait_alone()
         finally:
             if self._group is not None:
                 dist.destroy_process_group(self._group)
@@ -101,6 +101,16 @@ class Saver:
         self.wait()
         final = self._folder / f"step-{step}"
         path = on_first(lambda: self._begin(final, step))
+        try:
+            self._start(path, final, step)
+        except Exception:
+            self._end()
+            raise
+        if not self._settings.async_save:
+            self.wait()
+        return final
+
+    def _start(self, path: pathlib.Path, final: pathlib.Path, step: int) -> None:
         manifest = Manifest(
             step=step,
             world_size=world_size(),
@@ -111,12 +121,10 @@ class Saver:
         )
         writer = Writer(path, final, manifest, self._writing, self._settings.keep)
         state = self._state.state_dict()
-        if self._settings.async_save:
-            self._pending = _Pending(final, self._save_later(final, state, writer))
-        else:
-            self._pending = _Pending(final, self._save_now(state, writer))
-            self.wait()
-        return final
+        later = self._settings.async_save
+        self._pending = _Pending(
+            final, self._save_later(final, state, writer) if later else self._save_now(state, writer)
+        )
 
     def poll(self) -> None:
         """Look whether the save under way has ended on all ranks, without waiting; for every step.
@@ -177,7 +185,6 @@ class Saver:
             try:
                 copy = BlockingAsyncStager().stage(state)
             except (MemoryError, RuntimeError) as error:
-                self._end()
                 raise UserError(
                     f"the checkpoint {final} could not be written, as its copy in host memory failed "
                     f"({reason(error)}): set checkpoint.async_save to false."

@@ -88,12 +88,14 @@ class Writing:
 
     def discard(self) -> None:
         """Remove the folder if it is still there, and the lock."""
-        _remove(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
         """Remove the lock."""
-        lock_of(self.path).unlink(missing_ok=True)
+        # a disk that refuses this has refused what matters, or done it
+        with contextlib.suppress(OSError):
+            lock_of(self.path).unlink(missing_ok=True)
         self._lock.close()
 
 
