@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.pretrain.errors import AgreedError, RankLost, UserError
+from distmuon.pretrain.meeting import launcher_store
 from distmuon.pretrain.phase import lost_others, phase, short_reason
 
 T = TypeVar("T")
@@ -70,7 +71,11 @@ def _meet(timeout_seconds: float | None) -> None:
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store = launcher_store(timeout)
+        place = {} if store is None else {"store": store, "rank": rank(), "world_size": world_size()}
+        dist.init_process_group(backend, timeout=timeout, **place)
+    except RankLost:
+        raise
     except ValueError as error:  # torch's for environment variables that are missing
         reason = " ".join(str(error).split())
         raise UserError(

@@ -17,6 +17,7 @@ CHANGES = {
     "train__device_batch": 2,
     "train__eval_every": AT,
     "checkpoint__every": EVERY,
+    "checkpoint__async_save": False,
     "model__num_hidden_layers": 2,
 }
 FLAGS = ["--parallel.dp_shard=2"]
@@ -35,9 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("killed in the backward pass", 1, f"in the forward and backward pass of step {AT}"),
         ("killed in the gather of matrices", 0, f"in the optimizer step of step {AT}"),
         ("killed in Newton-Schulz", 1, f"in the optimizer step of step {AT}"),
-        # it is written while the next steps are taken
-        ("killed in a checkpoint write", 0, "of step "),
-        ("killed in a checkpoint write", 1, "of step "),
+        ("killed in a checkpoint write", 0, "in the checkpoint of step 6"),
+        ("killed in a checkpoint write", 1, "in the checkpoint of step 6"),
         ("killed in a validation", 0, f"in the validation of step {AT}"),
     ],
 )
@@ -58,6 +58,17 @@ def test_a_killed_rank_ends_the_other_and_a_restart_goes_on(
     assert_codes(again, [0, 0])
     assert resumed_from(again) == EVERY
     assert_same_run(undisturbed(tiny, folder, CHANGES, FLAGS), tmp_path / "runs" / "parts", STEPS, tmp_path)
+
+
+def test_a_rank_killed_while_a_thread_writes_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    """The others take further steps meanwhile; the checkpoint before is still there."""
+    flags = [f"--config={tiny(**CHANGES)}", *FLAGS, "--checkpoint.async_save=true"]
+    ended = attempt(flags, 2, tmp_path, [Fault("killed in a checkpoint write", 1, 2 * EVERY)])
+    assert_codes(ended, [LOST, -9])
+    assert "another rank has probably ended or stalled" in said(ended[0])
+    again = attempt([*flags, "--resume=auto"], 2, tmp_path)
+    assert_codes(again, [0, 0])
+    assert resumed_from(again) == EVERY
 
 
 def test_a_rank_killed_in_the_set_up(tiny: Tiny, tmp_path: Path) -> None:
