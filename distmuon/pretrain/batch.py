@@ -68,8 +68,18 @@ def _misfit(config: TrainConfig, sequence_length: int, data_ranks: int, one_pass
     if rest == 0:
         divisor = max(d for d in range(1, min(config.device_batch, per_rank) + 1) if per_rank % d == 0)
         advice += f", or train.device_batch to {divisor}"
+    fitting = [n for n in range(data_ranks, 0, -1) if _fits(config, sequence_length, n)]
+    if data_ranks > 1 and fitting:
+        advice += f", or start as many processes as make {fitting[0]} data rank{'s' * (fitting[0] > 1)}"
     ranks = f" x {data_ranks} data ranks" if data_ranks > 1 else ""
     return (
         f"train.global_batch_tokens is {total}, not a whole number of forward passes of train.device_batch "
         f"{config.device_batch} sequences x {sequence_length} tokens{ranks} = {one_pass} tokens: {advice}."
     )
+
+
+def _fits(config: TrainConfig, sequence_length: int, data_ranks: int) -> bool:
+    """Whether the global batch is a whole number of forward passes of so many ranks."""
+    share = config.global_batch_tokens // (sequence_length * data_ranks)
+    one_pass = min(config.device_batch, share) * sequence_length * data_ranks
+    return one_pass > 0 and config.global_batch_tokens % one_pass == 0

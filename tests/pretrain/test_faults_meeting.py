@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from distmuon.pretrain import RankLost
+from distmuon.pretrain import RankLost, TrainConfig, UserError
+from distmuon.pretrain.batch import plan_batches
 from distmuon.pretrain.meeting import arrive, welcome
 
 SECONDS = timedelta(seconds=20)
@@ -37,3 +38,13 @@ def test_ranks_that_do_not_come_are_a_sentence() -> None:
     store.set("distmuon/hello/2", "of one that has ended")
     with pytest.raises(RankLost, match=r"rank 0: 2 of the 3 processes .* did not come within 0.3 s, rank 1 among them"):
         welcome(store, 3, timedelta(seconds=0.3))
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [(3, 2), (5, 4), (7, 4)])
+def test_a_number_of_processes_that_does_not_divide_the_batch_says_which_does(ranks: int, fits: int) -> None:
+    config = TrainConfig(steps=1, global_batch_tokens=256, device_batch=4)
+    with pytest.raises(
+        UserError, match=rf"x {ranks} data ranks .* or start as many processes as make {fits} data ranks"
+    ):
+        plan_batches(config, 32, ranks)
+    assert plan_batches(config, 32, fits).tokens == 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,8 +54,8 @@ def torchrun(
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
         yield process
-        # an agent has ended its ranks itself
-        assert process.poll() is None or not alive(arguments[0])
+        # an agent that ended by itself has ended its ranks
+        assert process.poll() not in (0, 1) or not alive(arguments[0])
     finally:
         kill(process)
 
@@ -137,23 +138,18 @@ def test_the_machine_that_is_left_goes_on_alone(tiny: Tiny, tmp_path: Path) -> N
     """Two agents of a rank each; one is lost with its rank, and the other goes on from the checkpoint."""
     changes = {**CHANGES, "train__steps": 60, "checkpoint__every": 5}
     path, folder, logs = tiny("parts", **changes), tmp_path / "runs" / "parts", [tmp_path / "log-0", tmp_path / "log-1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"]
-    launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
-    quick = "last_call_timeout=3,keep_alive_interval=1"
+    launchers = elastic()
     arguments = [f"--config={path}", *FLAGS, "--resume=auto"]
     # time to kill one
     slow = [Fault("stalled in the forward pass", None, 12, seconds=4)]
     with (
-        torchrun([*launcher, f"--rdzv-conf=is_host=1,{quick}"], arguments, logs[0], slow) as stays,
-        torchrun([*launcher, f"--rdzv-conf=is_host=0,{quick}"], arguments, logs[1], slow) as lost,
+        torchrun(launchers[0], arguments, logs[0], slow) as stays,
+        torchrun(launchers[1], arguments, logs[1], slow) as lost,
     ):
         wait_for_step(folder, 11, stays, logs[0])
         kill(lost)
         assert finish(stays, logs[0]) == 0, logs[0].read_text(errors="replace")[-5000:]
-    text = logs[0].read_text(errors="replace") + logs[1].read_text(errors="replace")
+    text = both(logs)
     assert text.count("processes   2: dp_shard 2") == 1
     assert "another rank has probably ended or stalled" in text
     assert "after step 10\n" in text
@@ -165,3 +161,38 @@ def test_the_machine_that_is_left_goes_on_alone(tiny: Tiny, tmp_path: Path) -> N
     assert [record[LOSS] for record in records[:10]] == expected[:10]
     assert [record[LOSS] for record in records] == pytest.approx(expected, rel=5e-5)
     assert losses(folder).keys() == losses(whole).keys()
+
+
+def test_a_machine_that_comes_joins_and_nothing_is_lost(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun stops the ranks that run with SIGTERM, so they save, and starts them again with the new ones."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    changes = {**CHANGES, "train__steps": 100_000, "checkpoint__every": 100_000}
+    path, folder, logs = tiny(**changes), tmp_path / "runs" / "tiny", [tmp_path / "log-0", tmp_path / "log-1"]
+    launchers, arguments = elastic(), [f"--config={path}", *FLAGS, "--resume=auto"]
+    with torchrun(launchers[0], arguments, logs[0]) as first:
+        wait_for_step(folder, 3, first, logs[0])
+        with torchrun(launchers[1], arguments, logs[1]) as second:
+            wait_for(lambda: "resumed " in both(logs), second, logs[0])
+            kill(second)
+        kill(first)
+    text = both(logs)
+    saved = re.findall(r"stopped by SIGTERM after step (\d+); saved", text)
+    assert re.findall(r"after step ([\d,]+)\n", text)[0].replace(",", "") == saved[0]
+    assert "processes   2: dp_shard 2" in text
+
+
+def elastic() -> list[list[str]]:
+    """What starts torchrun on two machines, of which one is enough; the first keeps the store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    common += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    quick = "last_call_timeout=3,keep_alive_interval=1"
+    return [[*common, f"--rdzv-conf=is_host={host},{quick}"] for host in (1, 0)]
+
+
+def both(logs: Sequence[Path]) -> str:
+    return "".join(log.read_text(errors="replace") for log in logs if log.exists())
