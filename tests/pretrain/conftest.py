@@ -67,15 +67,15 @@ def tiny(tmp_path: Path, corpus_file: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two() -> Iterator[Pool]:
-    """Two ranks that live through a file of tests."""
+    """Two ranks that live through all tests of this folder."""
     with Pool(2) as pool:
         yield pool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four() -> Iterator[Pool]:
-    """Four ranks that live through a file of tests."""
+    """Four ranks that live through all tests of this folder."""
     with Pool(4) as pool:
         yield pool
