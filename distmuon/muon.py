@@ -18,6 +18,7 @@ from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
 from distmuon.comm.layout import local_gradient, local_tensor
+from distmuon.flight import LocalParameter
 from distmuon.groups import (
     Params,
     as_groups,
@@ -31,7 +32,6 @@ from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
-from distmuon.pipeline import LocalParameter
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.rest import complete_state, create_state, step_adamw
 from distmuon.stats import StepClock, step_stats

@@ -14,6 +14,7 @@ from torch import Tensor
 from distmuon.comm.buffers import BufferPool
 from distmuon.comm.exchange import Exchange, Transfer
 from distmuon.costing import link_of
+from distmuon.flight import Flight, LocalParameter, at, in_words, packed
 from distmuon.groups import Group
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.orthogonalize import orthogonalize_
@@ -23,49 +24,12 @@ from distmuon.numerics.slabs import orthogonalize_slabs_
 from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
-from distmuon.plan.boxes import Box
 from distmuon.plan.buckets import Bucket
 from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
 from distmuon.plan.schedule import Schedule, schedule
 from distmuon.plan.waves import Wave
 from distmuon.stats import StepClock
-
-
-@dataclass(frozen=True)
-class LocalParameter:
-    """What this rank stores of a parameter, as plain tensors that share its memory.
-
-    Attributes:
-        box: Which elements these are.
-        param: The weights, of shape ``box.sizes``.
-        grad: Their gradient; None where this rank has none and others have: it counts as zero.
-        momentum: Their momentum average.
-    """
-
-    box: Box
-    param: Tensor
-    grad: Tensor | None
-    momentum: Tensor
-
-
-@dataclass
-class _Flight:
-    """A wave on its way through the step.
-
-    Attributes:
-        matrices: All that this rank owns of it, 1-D; None before they are together and after they are sent.
-        scatter: The leg of the updates that is on its way.
-        legs: Those that have still to set out.
-    """
-
-    wave: Wave
-    routes: Routes
-    kept: Tensor
-    gather: Transfer
-    matrices: Tensor | None = None
-    scatter: tuple[Leg, Transfer] | None = None
-    legs: deque[Leg] = field(default_factory=deque)
 
 
 @dataclass
@@ -154,8 +118,8 @@ class Pipeline:
         ]
         self.bytes_sent = 0
         waiting = deque(steps)
-        arriving: deque[_Flight] = deque()
-        leaving: deque[tuple[int, _Flight]] = deque()
+        arriving: deque[Flight] = deque()
+        leaving: deque[tuple[int, Flight]] = deque()
 
         def begin(end: int) -> None:
             while waiting and waiting[0] < end:
@@ -187,7 +151,7 @@ class Pipeline:
         groups: Sequence[Group],
         local: Mapping[int, LocalParameter],
         active: tuple[bool, ...],
-    ) -> _Flight:
+    ) -> Flight:
         """Blend momentum where it lives, and send the result to the owners."""
         wave = self.plan.waves[number]
         routes = self._route(number, wave, active)
@@ -196,7 +160,7 @@ class Pipeline:
         receive = self.pool.take(leg.receive_numel, dtype, self.device)
         kept_numel = sum(part.box.numel for part in routes.kept)
         kept = self.pool.take(kept_numel, dtype, self.device)
-        flight = _Flight(wave, routes, kept, Transfer(send, receive))
+        flight = Flight(wave, routes, kept, Transfer(send, receive))
         # with nothing to wait for, what is kept is blended straight into the matrices
         whole = leg.receive_numel == 0
         if whole:
@@ -208,12 +172,12 @@ class Pipeline:
         return flight
 
     def _blend(
-        self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
+        self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
     ) -> None:
         routes, wave = flight.routes, flight.wave
         places: dict[int, Tensor] = {}
         for part in routes.kept:
-            places[part.slot] = self._view(flight, part) if whole else _packed(flight.kept, part)
+            places[part.slot] = self._view(flight, part) if whole else packed(flight.kept, part)
         elsewhere = self.plan.sole_owners if self.owner_gradients else {}
         held = [
             part for part in routes.held if elsewhere.get(wave.assignments[part.slot].parameter, self.rank) == self.rank
@@ -222,10 +186,10 @@ class Pipeline:
             grads, buffers, outs = [], [], []
             for part in parts:
                 mine = local[wave.assignments[part.slot].parameter]
-                buffer = _at(mine.momentum, part.box, mine.box)
+                buffer = at(mine.momentum, part.box, mine.box)
                 buffers.append(buffer)
-                grads.append(torch.zeros_like(buffer) if mine.grad is None else _at(mine.grad, part.box, mine.box))
-                outs.append(places.get(part.slot) if part.start is None else _packed(flight.gather.send, part))
+                grads.append(torch.zeros_like(buffer) if mine.grad is None else at(mine.grad, part.box, mine.box))
+                outs.append(places.get(part.slot) if part.start is None else packed(flight.gather.send, part))
             blend_momentum(
                 grads,
                 buffers,
@@ -235,7 +199,7 @@ class Pipeline:
                 foreach=self._foreach,
             )
 
-    def _unpack(self, flight: _Flight) -> None:
+    def _unpack(self, flight: Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
         routes, gather = flight.routes, flight.gather
         self._wait(gather, flight.wave, "gather")
@@ -244,13 +208,13 @@ class Pipeline:
             with self.clock.phase("unpack", self.device):
                 flight.matrices = self.pool.take(routes.owned_numel, self._dtype, self.device)
                 for part in routes.gather.receives:
-                    self._view(flight, part).copy_(_packed(gather.receive, part))
+                    self._view(flight, part).copy_(packed(gather.receive, part))
                 for part in routes.kept:
-                    self._view(flight, part).copy_(_packed(flight.kept, part))
+                    self._view(flight, part).copy_(packed(flight.kept, part))
             self.pool.give(flight.kept)
         self.pool.give(gather.receive)
 
-    def _orthogonalize(self, flight: _Flight, groups: Sequence[Group]) -> None:
+    def _orthogonalize(self, flight: Flight, groups: Sequence[Group]) -> None:
         assert flight.matrices is not None
         for bucket, stack in zip(flight.wave.buckets, flight.routes.stacks, strict=True):
             if stack.count:  # a rank that owns none of it need not even have the group
@@ -278,7 +242,7 @@ class Pipeline:
             name = self.plan.parameters[mine.parameter].name
             raise RuntimeError(f"the team that owns {name!r} failed: {error}") from error
 
-    def _scatter(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+    def _scatter(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""
         routes = flight.routes
         if flight.wave.scatters:
@@ -288,7 +252,7 @@ class Pipeline:
             self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
         self._release(flight)
 
-    def _send(self, flight: _Flight) -> tuple[Leg, Transfer] | None:
+    def _send(self, flight: Flight) -> tuple[Leg, Transfer] | None:
         """Start the next leg of the updates, if there is one."""
         if not flight.legs:
             return None
@@ -297,16 +261,16 @@ class Pipeline:
         receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
         with self.clock.phase("pack", self.device):
             for part in leg.sends:
-                _packed(send, part).copy_(self._view(flight, part))
+                packed(send, part).copy_(self._view(flight, part))
         return leg, self._start(leg, send, receive)
 
-    def _release(self, flight: _Flight) -> None:
+    def _release(self, flight: Flight) -> None:
         """Give back the matrices once all of them were sent."""
         if flight.matrices is not None and not flight.legs:
             self.pool.give(flight.matrices)
             flight.matrices = None
 
-    def _apply_received(self, flight: _Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+    def _apply_received(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Wait for all legs of the updates and apply what they bring, one while the next is on its way."""
         while flight.scatter is not None:
             following = self._send(flight)
@@ -315,7 +279,7 @@ class Pipeline:
             self._wait(transfer, flight.wave, "update")
             receives = [part for part in leg.receives if part.box.numel]
             with self.clock.phase("apply", self.device):
-                directions = [_packed(transfer.receive, part) for part in receives]
+                directions = [packed(transfer.receive, part) for part in receives]
                 self._apply(flight, receives, directions, groups, local)
             self.pool.give(transfer.send)
             self.pool.give(transfer.receive)
@@ -323,7 +287,7 @@ class Pipeline:
 
     def _apply(
         self,
-        flight: _Flight,
+        flight: Flight,
         parts: Sequence[Part],
         directions: Sequence[Tensor],
         groups: Sequence[Group],
@@ -334,7 +298,7 @@ class Pipeline:
         for (index, rows, cols), members in self._by_scale(wave, parts).items():
             group = groups[index]
             holders = [local[wave.assignments[part.slot].parameter] for part in members]
-            params = [_at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
+            params = [at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
             apply_direction(
                 params,
                 # parameters of FSDP's CPU offload lie elsewhere than matrices are multiplied
@@ -363,13 +327,13 @@ class Pipeline:
             found.setdefault((spec.group, spec.matrices.rows, spec.matrices.cols), []).append(part)
         return found
 
-    def _view(self, flight: _Flight, part: Part) -> Tensor:
+    def _view(self, flight: Flight, part: Part) -> Tensor:
         """The elements of ``part`` among the owned matrices."""
         assert flight.matrices is not None
         assignment = flight.wave.assignments[part.slot]
         start = flight.routes.place[part.slot]
         outer = assignment.box(self.plan.parameters[assignment.parameter])
-        return _at(flight.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
+        return at(flight.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
 
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1
@@ -379,18 +343,8 @@ class Pipeline:
 
     def _wait(self, transfer: Transfer, wave: Wave, direction: str) -> None:
         with self.clock.phase("wait", self.device):
-            transfer.wait(functools.partial(self._in_words, wave, direction))
-
-    def _in_words(self, wave: Wave, direction: str) -> str:
-        """An exchange in words that are the same on every rank."""
-        specs = [self.plan.parameters[number] for number in {a.parameter: None for a in wave.assignments}]
-        more = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
-        numel = sum(assignment.box(self.plan.parameters[assignment.parameter]).numel for assignment in wave.assignments)
-        return (
-            f"the exchange of the bucket of {specs[0].name!r} {specs[0].shape}{more} ({direction} of "
-            f"{numel * self._dtype.itemsize:,} bytes, wave {self.plan.waves.index(wave) + 1} of "
-            f"{len(self.plan.waves)} in step {self.clock.steps})"
-        )
+            # said of this step, and without a reference to the pipeline: it may be asked long after
+            transfer.wait(functools.partial(in_words, self.plan, wave, direction, self._dtype, self.clock.steps))
 
     def _route(self, number: int, wave: Wave, active: tuple[bool, ...]) -> Routes:
         chosen = tuple(active[assignment.parameter] for assignment in wave.assignments)
@@ -410,14 +364,3 @@ class Pipeline:
     def _foreach(self) -> bool:
         # on a CPU foreach functions loop over the tensors themselves
         return self.options.batched and self.device.type != "cpu"
-
-
-def _at(tensor: Tensor, box: Box, outer: Box) -> Tensor:
-    """The elements ``box`` of a tensor that holds ``outer``."""
-    return tensor if box == outer else tensor[box.within(outer)]
-
-
-def _packed(buffer: Tensor, part: Part) -> Tensor:
-    """The elements of a part in a packed buffer."""
-    assert part.start is not None
-    return buffer[part.start : part.start + part.box.numel].view(part.box.sizes)

@@ -13,6 +13,9 @@ from distmuon.comm.group import from_every_rank, own_rank, sum_over_ranks
 # Parameters of a rank, and ranks, that a message names
 _TOLD = 3
 
+# Bits of a count of ranks, of which the 63 of a sum hold two
+_HALF = 31
+
 # Errors that keep their type when another rank raises them too
 _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
 
@@ -66,7 +69,7 @@ def agree(
     """
     flags = [int(error is not None), int(replan), int(idle), int(nonfinite)]
     # two counts in one number: a parameter that must be redistributed counts once in the upper half too
-    marks = [int(has) + (int(late) << 15) for has, late in zip(gradients, unreduced, strict=True)]
+    marks = [int(has) + (int(late) << _HALF) for has, late in zip(gradients, unreduced, strict=True)]
     failed, replans, idles, stained, *counts = sum_over_ranks(
         [*flags, *marks], group, device, f"the agreement on the gradients of step {step}"
     )
@@ -76,8 +79,8 @@ def agree(
         replans > 0,
         idles == dist.get_world_size(group),
         stained > 0,
-        tuple(count & 0x7FFF for count in counts),
-        tuple(count >> 15 for count in counts),
+        tuple(count & ((1 << _HALF) - 1) for count in counts),
+        tuple(count >> _HALF for count in counts),
     )
 
 

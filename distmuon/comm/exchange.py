@@ -47,7 +47,7 @@ class Transfer:
             with waiting(self.group, what):
                 self.work.wait()
             if self.watch is not None:
-                self.watch.add(Wait(self.group, what), self.work)
+                self.watch.add(Wait(self.group, what, self.work))
             self.work = None
 
 

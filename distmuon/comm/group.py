@@ -156,7 +156,7 @@ def sum_over_ranks(numbers: Sequence[int], group: dist.ProcessGroup, device: tor
     """Add up one list of whole numbers per rank, place by place; every rank gets the sums.
 
     Args:
-        numbers: As many on every rank.
+        numbers: As many on every rank; of 64 bits, as their sums are.
         group: The ranks.
         device: Where tensors of the group live.
         what: What the sums are for, in the words of an error.
@@ -164,7 +164,7 @@ def sum_over_ranks(numbers: Sequence[int], group: dist.ProcessGroup, device: tor
     Raises:
         RuntimeError: if the ranks do not come together.
     """
-    tensor = torch.tensor(list(numbers), dtype=torch.int32, device=_talks(group, device))
+    tensor = torch.tensor(list(numbers), dtype=torch.int64, device=_talks(group, device))
     with waiting(group, what):
         dist.all_reduce(tensor, group=group)
         sums: list[int] = tensor.tolist()

@@ -7,14 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+
+Store: TypeAlias = "dist.Store"  # type: ignore[name-defined]  # torch's stubs leave it out
 
 # Seconds after this rank gave up that make another rank a late one
 _LATE = 1.0
 # Seconds in which other ranks may tell where they are: after a time-out they find out one by one
 _PATIENCE, _PATIENCE_AFTER_TIMEOUT = 2.0, 10.0
+# After what is waited for in a group that the reader is not in, or does not wait in
+_ELSEWHERE = " (in another group)"
 
 
 @dataclass(eq=False)
@@ -24,19 +29,28 @@ class Wait:
     Attributes:
         group: The ranks.
         what: What is waited for, in words that are the same on every rank; a function is asked only if need be.
+        work: What is under way, where the host does not wait for it.
         began: When, by the monotonic clock, in seconds.
         told: Whether other ranks were told of it.
+        over: Whether it came.
     """
 
     group: dist.ProcessGroup
     what: str | Callable[[], str]
+    work: dist.Work | None = None
     began: float = field(default_factory=time.monotonic)
     told: bool = False
+    over: bool = False
 
     @property
     def text(self) -> str:
         """What is waited for."""
         return self.what if isinstance(self.what, str) else self.what()
+
+    @property
+    def came(self) -> bool:
+        """Whether it has come, as far as can be told without waiting."""
+        return self.over or (self.work is not None and self.work.is_completed())
 
     @property
     def seconds(self) -> float:
@@ -46,6 +60,8 @@ class Wait:
 
 # What this process waits for at present, of all threads
 _OPEN: list[Wait] = []
+# What came to nothing and was told of, which holds until something comes again
+_LOST: list[Wait] = []
 
 
 @contextlib.contextmanager
@@ -67,10 +83,13 @@ def waiting(group: dist.ProcessGroup, what: str | Callable[[], str]) -> Iterator
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        _LOST.append(wait)
         patience = _PATIENCE_AFTER_TIMEOUT if "time" in str(error).lower() else _PATIENCE
         raise RuntimeError(f"{tell(wait, patience)} ({_first_line(error)})") from error
     else:
         _take_back(wait)
+        while _LOST:
+            _take_back(_LOST.pop())
     finally:
         _OPEN.remove(wait)
 
@@ -86,11 +105,19 @@ def forget(wait: Wait) -> None:
     _OPEN.remove(wait)
 
 
+def drop(waits: Sequence[Wait]) -> None:
+    """Nobody looks after these any longer: whether they came remains unknown."""
+    for wait in waits:
+        forget(wait)
+
+
 def _take_back(wait: Wait) -> None:
     """What was told of a wait that ended well holds no more."""
+    wait.over = True
     if wait.told:
-        with contextlib.suppress(Exception):
-            wait.group.get_group_store().delete_key(_key(dist.get_rank()))
+        for store in _stores(wait.group):
+            with contextlib.suppress(Exception):
+                store.delete_key(_key(dist.get_rank()))
 
 
 def hang_report(patience: float = 2.0) -> str:
@@ -103,7 +130,7 @@ def hang_report(patience: float = 2.0) -> str:
     Args:
         patience: Seconds in which other ranks may say where they are.
     """
-    waits = list(_OPEN)
+    waits = [wait for wait in list(_OPEN) if is_up(wait.group) and not wait.came]
     if not waits:
         return f"rank {dist.get_rank() if dist.is_initialized() else 0} waits for no exchange of distmuon"
     return "\n".join(tell(wait, patience) for wait in waits)
@@ -113,9 +140,9 @@ def tell(wait: Wait, patience: float) -> str:
     """Publish what this rank waits for, and put what is heard of the others into a sentence."""
     me, ranks = dist.get_rank(), dist.get_process_group_ranks(wait.group)
     wait.told = True
-    now, heard = _Said(wait.text, wait.seconds), dict[int, _Said]()
+    now, heard, answered = _Said(wait.text, wait.seconds), dict[int, _Said](), threading.Event()
     # the store may be gone with the rank that held it, and then answers late or never
-    asker = threading.Thread(target=_ask, args=(wait.group, now, patience, heard), daemon=True)
+    asker = threading.Thread(target=_ask, args=(wait, now, patience, heard, answered), daemon=True)
     asker.start()
     asker.join(patience + 1.0)
     others = {rank: heard[rank] for rank in ranks if rank in heard}
@@ -125,7 +152,12 @@ def tell(wait: Wait, patience: float) -> str:
     clauses = [f"{_ranks(same)} for the same"] if same else []
     clauses += [f"rank {rank} for {said.what}" for rank, said in others.items() if said.what != now.what]
     found = f"; there wait {', '.join(clauses)}" if clauses else ""
-    if silent:
+    if silent and not answered.is_set():
+        advice = (
+            f"nothing is heard of {_ranks(silent)}, as the store of the process group does not answer: it lives on "
+            "rank 0, or with torchrun's agent, so look there first"
+        )
+    elif silent:
         advice = f"nothing is heard of {_ranks(silent)}: ended, stalled or far behind, so look there first"
     elif late:
         advice = f"{_ranks(late)} came only after that: stalled, so look there first"
@@ -146,17 +178,44 @@ class _Said:
     seconds: float
 
 
-def _ask(group: dist.ProcessGroup, now: _Said, patience: float, heard: dict[int, _Said]) -> None:
+def _ask(wait: Wait, now: _Said, patience: float, heard: dict[int, _Said], answered: threading.Event) -> None:
     with contextlib.suppress(Exception):  # whatever is wrong with the store, the first error is what counts
-        me, ranks, store = dist.get_rank(), dist.get_process_group_ranks(group), group.get_group_store()
-        store.set(_key(me), f"{now.seconds} {now.what}")
+        me, ranks, stores = dist.get_rank(), dist.get_process_group_ranks(wait.group), _stores(wait.group)
+        for store, where in zip(stores, ("", _ELSEWHERE), strict=False):
+            store.set(_key(me), f"{now.seconds} {now.what}{where}")
+        if wait.over:  # it came meanwhile, and took nothing back as nothing was said
+            _take_back(wait)
         began = time.monotonic()
         while len(heard) < len(ranks) - 1 and (passed := time.monotonic() - began) < patience:
             for rank in ranks:
-                if rank != me and rank not in heard and store.check([_key(rank)]):
-                    seconds, what = store.get(_key(rank)).decode().split(" ", 1)
-                    heard[rank] = _Said(what, float(seconds) - passed)
+                if rank != me and rank not in heard and (said := _hear(rank, stores)) is not None:
+                    heard[rank] = _Said(said.what, said.seconds - passed)
             time.sleep(0.1)
+        answered.set()
+
+
+def _hear(rank: int, stores: Sequence[Store]) -> _Said | None:
+    """What a rank says, of this group or, if it says nothing of that, of another one."""
+    for store in stores:
+        if store.check([_key(rank)]):
+            seconds, what = store.get(_key(rank)).decode().split(" ", 1)
+            here = store is stores[0] or what.endswith(_ELSEWHERE)
+            return _Said(what if here else what + _ELSEWHERE, float(seconds))
+    return None
+
+
+def _stores(group: dist.ProcessGroup) -> list[Store]:
+    """Where ranks tell: the store of the group, and that of the job for those who wait in another group."""
+    world = dist.group.WORLD
+    return [group.get_group_store(), *([world.get_group_store()] if world is not None and world is not group else [])]
+
+
+def is_up(group: dist.ProcessGroup) -> bool:
+    """Whether a group has not been destroyed."""
+    try:
+        return dist.is_initialized() and bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
 
 
 def _key(rank: int) -> str:

@@ -10,7 +10,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from distmuon.comm.waiting import Wait, forget, remember, tell
+from distmuon.comm.waiting import Wait, drop, forget, is_up, remember, tell
 
 logger = logging.getLogger("distmuon")
 
@@ -29,17 +29,23 @@ class Watch:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._pending: list[tuple[Wait, dist.Work]] = []
+        self._pending: list[Wait] = []
         self._told = False
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        # without it nobody would find out whether they came
+        weakref.finalize(self, drop, self._pending).atexit = False
 
-    def add(self, wait: Wait, work: dist.Work) -> None:
-        """Look after an exchange that has been started; costs a query of those before it, and waits for nothing."""
+    def add(self, wait: Wait) -> None:
+        """Look after an exchange that has been started; costs a query of those before it, and waits for nothing.
+
+        Args:
+            wait: With its ``work``.
+        """
         remember(wait)
-        self.look()
         with self._lock:
-            self._pending.append((wait, work))
+            self._forget_ended()
+            self._pending.append(wait)
         if self._thread is None:
             looking = (weakref.ref(self), self._seconds / _LOOKS)
             self._thread = threading.Thread(target=_look_again, args=looking, name="distmuon watch", daemon=True)
@@ -48,13 +54,18 @@ class Watch:
     def look(self) -> None:
         """Forget what has ended, and tell of what takes too long."""
         with self._lock:
-            while self._pending and self._pending[0][1].is_completed():
-                forget(self._pending.pop(0)[0])
-                self._told = False
-            late = self._pending[0][0] if self._pending else None
-        if late is not None and late.seconds > self._seconds and not self._told:
+            self._forget_ended()
+            late = self._pending[0] if self._pending else None
+            if late is None or self._told or late.seconds <= self._seconds:
+                return
             self._told = True
+        if is_up(late.group):
             logger.error("%s", tell(late, patience=self._seconds / _LOOKS))
+
+    def _forget_ended(self) -> None:
+        while self._pending and self._pending[0].came:
+            forget(self._pending.pop(0))
+            self._told = False
 
 
 def watch_of(group: dist.ProcessGroup, device: torch.device) -> Watch | None:

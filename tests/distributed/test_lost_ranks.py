@@ -1,5 +1,7 @@
 """Ranks that end, stall or receive what was not sent: what each of the others says."""
 
+import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -18,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distmuon
 from distmuon.comm.exchange import Transfer
-from distmuon.comm.waiting import Wait
+from distmuon.comm.waiting import Wait, forget, remember, tell, waiting
 from distmuon.comm.watch import Watch
 
 SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
@@ -169,7 +171,7 @@ def watched():
     work = dist.all_to_all_single(received, ones, async_op=True)
     watch, lines = Watch(seconds=0.5), []
     with mock.patch.object(logging.getLogger("distmuon"), "error", lambda text, line: lines.append(text % line)):
-        watch.add(Wait(dist.group.WORLD, "the exchange of something"), work)
+        watch.add(Wait(dist.group.WORLD, "the exchange of something", work))
         report = distmuon.hang_report(patience=0.0) if dist.get_rank() != 1 else ""
         work.wait()
         time.sleep(0.2)
@@ -190,6 +192,108 @@ def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
             assert len(lines) == 1
             assert "in vain for the exchange of something" in lines[0]
             assert "nothing is heard of rank 1" in lines[0]
+
+
+def watched_optimizer():
+    """What is told of exchanges under way after two steps, and once the optimizer is gone."""
+    with (
+        mock.patch("distmuon.comm.exchange.watch_of", lambda *_: Watch(seconds=60.0)),
+        mock.patch.object(Wait, "came", False),
+    ):
+        _, optimizer = sharded()
+        optimizer.step()
+        under_way = distmuon.hang_report(patience=0.0)
+        del optimizer
+        gc.collect()
+        return under_way, distmuon.hang_report(patience=0.0)
+
+
+def test_what_is_watched_says_its_own_step_and_goes_with_the_optimizer(three):
+    for rank, (under_way, after) in enumerate(three.run(watched_optimizer)):
+        first, second = under_way.splitlines()[:2], under_way.splitlines()[2:]
+        assert len(second) == 2
+        assert all(" of 1 in step 1); " in line for line in first)
+        assert all(" of 1 in step 2); " in line for line in second)
+        assert after == f"rank {rank} waits for no exchange of distmuon"
+
+
+def watched_and_ended():
+    with mock.patch("distmuon.comm.exchange.watch_of", lambda *_: Watch(seconds=60.0)):
+        _, _optimizer = sharded()
+        return distmuon.hang_report(patience=0.0)
+
+
+def test_what_has_come_is_not_reported_though_nobody_looked(three):
+    assert three.run(watched_and_ended) == [f"rank {rank} waits for no exchange of distmuon" for rank in range(3)]
+
+
+def after_the_group():
+    group = dist.new_group()
+    wait = Wait(group, "something")
+    remember(wait)
+    try:
+        dist.destroy_process_group(group)
+        return distmuon.hang_report()
+    finally:
+        forget(wait)
+
+
+def test_groups_that_were_destroyed_are_not_asked(three):
+    assert three.run(after_the_group) == [f"rank {rank} waits for no exchange of distmuon" for rank in range(3)]
+
+
+def in_two_groups():
+    """Rank 0 waits in a group that rank 2 is not in, and rank 1 nowhere."""
+    pair = dist.new_group([0, 1])
+    report = ""
+    if dist.get_rank() != 1:
+        wait = Wait(pair, "the sums") if dist.get_rank() == 0 else Wait(dist.group.WORLD, "the exchange")
+        report = tell(wait, patience=1.0)
+    dist.barrier()
+    if dist.get_rank() != 1:
+        remember(wait)
+        forget(wait)
+    dist.barrier()
+    return report
+
+
+def test_a_rank_that_waits_in_another_group_is_not_missing(three):
+    first, _, third = three.run(in_two_groups)
+    assert "in vain for the sums; nothing is heard of rank 1: ended" in first
+    assert "in vain for the exchange; there wait rank 0 for the sums (in another group); nothing is heard of " in third
+    assert "nothing is heard of rank 1: ended" in third
+
+
+def complains_and_goes_on():
+    mesh, group = mesh_with_timeout(), dist.group.WORLD
+    with contextlib.suppress(RuntimeError), waiting(mesh.get_group(), "what never comes"):
+        raise RuntimeError("lost")
+    stores = [mesh.get_group().get_group_store(), group.get_group_store()]
+    key = f"distmuon/waits/{dist.get_rank()}"
+    said = [store.check([key]) for store in stores]
+    with waiting(group, "what comes"):
+        dist.barrier()
+    return said, [store.check([key]) for store in stores]
+
+
+def test_a_complaint_holds_until_something_comes(three):
+    assert three.run(complains_and_goes_on) == [([True, True], [False, False])] * 3
+
+
+def loses_the_host_of_the_store():
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method="env://", timeout=timedelta(seconds=20))
+    _, optimizer = sharded()
+    if dist.get_rank() == 0:
+        os._exit(7)
+    optimizer.step()
+
+
+def test_a_store_that_went_with_its_rank_is_told():
+    found = rank_errors(loses_the_host_of_the_store, 3, timeout=60)
+    for rank in (1, 2):
+        assert AGREEMENT in found[rank]
+        assert f"nothing is heard of ranks 0, {3 - rank}, as the store of the process group does not " in found[rank]
 
 
 def test_a_report_without_ranks():

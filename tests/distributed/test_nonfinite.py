@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
+from distmuon.comm.agree import agree
 from distmuon.numerics.finite import nonfinite
 
 SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
@@ -186,6 +188,50 @@ def test_gradients_that_only_owners_have_are_looked_at_there(two):
     assert first.startswith("NaN or an infinity in the gradient of '")
     assert "on rank 0; " in first
     assert "on rank 1: " in first
+
+
+def scaled_steps():
+    """The scaler of mixed precision sees an infinity on rank 1 in the second of three steps."""
+    model = model_in("fsdp")
+    optimizer = optimizer_in("fsdp", model, on_nonfinite="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    kept = []
+    for step in range(3):
+        set_gradients(model, step)
+        for param in model.parameters():
+            param.grad *= scaler.get_scale()
+        if step == 1 and rank() == 1:
+            stain(model.first.weight, float("inf"))
+        scaler.scale(torch.zeros(()))  # a scaler makes its scale when it is first asked to
+        scaler.step(optimizer)
+        scaler.update()
+        kept.append(all_of(model, optimizer))
+    return same(kept[0], kept[1]), same(kept[1], kept[2]), scaler.get_scale(), optimizer.skipped_steps
+
+
+def test_a_scaler_skips_by_itself(two):
+    assert two.run(scaled_steps) == [(True, False, 2.0, 0)] * 2
+
+
+def counted_of_very_many():
+    with mock.patch("torch.distributed.all_reduce", lambda tensor, group: tensor.mul_(1_000_000)):
+        return agree(
+            dist.group.WORLD,
+            torch.device("cpu"),
+            replan=False,
+            idle=False,
+            nonfinite=False,
+            gradients=[True, True, False],
+            unreduced=[True, False, False],
+            error=None,
+            step=1,
+        )
+
+
+def test_a_million_ranks_can_be_counted(two):
+    for agreement in two.run(counted_of_very_many):
+        assert agreement.gradients == (1_000_000, 1_000_000, 0)
+        assert agreement.unreduced == (1_000_000, 0, 0)
 
 
 @pytest.mark.parametrize("choice", ["raise", "skip"])
