@@ -71,8 +71,8 @@ def _meet(timeout_seconds: float | None) -> None:
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store = launcher_store(timeout)
-        place = {} if store is None else {"store": store, "rank": rank(), "world_size": world_size()}
+        store = launcher_store()
+        place: dict[str, Any] = {} if store is None else {"store": store, "rank": rank(), "world_size": world_size()}
         dist.init_process_group(backend, timeout=timeout, **place)
     except RankLost:
         raise
