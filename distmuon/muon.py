@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from distmuon.binding import Binding, bind
 from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
+from distmuon.comm.agree import NonfiniteError
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.flight import LocalParameter
@@ -256,11 +257,11 @@ class Muon(Optimizer):
         self._clock.start()
         try:
             turns = self._turns()
-        except FloatingPointError as error:
+        except NonfiniteError as error:
             if self._options.on_nonfinite != "skip":
                 raise
             self.skipped_steps += 1
-            logger.warning("a step is left out: %s", error)
+            logger.warning("a step is left out: NaN or an infinity in the gradient of %s", error.found)
             return loss
         for turn in turns:
             create_state(turn, self.state, self._options)

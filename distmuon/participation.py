@@ -56,7 +56,7 @@ def agree_on_turns(
         A turn for each part; None if parameters changed on any rank, so that all have to bind them again.
 
     Raises:
-        FloatingPointError: on every rank, if a gradient on any rank is not finite and the options look for that.
+        NonfiniteError: on every rank, if a gradient on any rank is not finite and the options look for that.
         Exception: on every rank, what any rank found wrong with a gradient.
     """
     stale = not binding.fits(groups)

@@ -128,6 +128,24 @@ def check_replicas(
                 )
 
 
+class NonfiniteError(FloatingPointError):
+    """Gradients that hold NaN or an infinity.
+
+    Attributes:
+        found: Which, on which ranks.
+    """
+
+    def __init__(self, found: str) -> None:
+        self.found = found
+        super().__init__(
+            f"NaN or an infinity in the gradient of {found}: nothing was updated. Lower the learning rate or clip "
+            "gradients, and look at what the loss was made of; on_nonfinite='skip' leaves such steps out."
+        )
+
+    def __reduce__(self) -> tuple[type[NonfiniteError], tuple[str]]:
+        return type(self), (self.found,)
+
+
 def raise_nonfinite(group: dist.ProcessGroup | None, names: Sequence[str]) -> None:
     """Name the gradients that hold NaN or an infinity; all ranks of the group call this together.
 
@@ -136,17 +154,13 @@ def raise_nonfinite(group: dist.ProcessGroup | None, names: Sequence[str]) -> No
         names: Of the parameters whose gradient on this rank is such.
 
     Raises:
-        FloatingPointError: on every rank, with the same text.
+        NonfiniteError: on every rank, with the same text.
     """
     ranks = [own_rank()] if group is None else dist.get_process_group_ranks(group)
     told = [list(names)] if group is None else from_every_rank(list(names), group)
     found = [f"{_listed(theirs)} on rank {rank}" for rank, theirs in zip(ranks, told, strict=True) if theirs]
     more = f"; and on {len(found) - _TOLD} more ranks" if len(found) > _TOLD else ""
-    raise FloatingPointError(
-        f"NaN or an infinity in the gradient of {'; '.join(found[:_TOLD])}{more}: nothing was updated. Lower the "
-        "learning rate or clip gradients, and look at what the loss was made of; on_nonfinite='skip' leaves such steps "
-        "out."
-    )
+    raise NonfiniteError("; ".join(found[:_TOLD]) + more)
 
 
 def _listed(names: Sequence[str]) -> str:

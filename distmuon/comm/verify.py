@@ -14,6 +14,8 @@ from distmuon.comm.group import from_every_rank
 from distmuon.comm.waiting import waiting
 from distmuon.plan.routes import Leg
 
+# Words that are widened to 64 bits at a time
+_BLOCK = 1 << 20
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,9 +34,9 @@ class VerifiedExchange:
         """Begin to move ``send``, and the checksums of what each rank is to receive."""
         count = len(leg.receive_splits)
         if leg.gathered is None:
-            splits, sums = leg.receive_splits, _checksums(send, leg.send_splits)
+            splits, sums = leg.receive_splits, checksums(send, leg.send_splits)
         else:
-            splits, sums = (leg.gathered,) * count, _checksums(send, (leg.gathered,)).expand(count).contiguous()
+            splits, sums = (leg.gathered,) * count, checksums(send, (leg.gathered,)).expand(count).contiguous()
         transfer = self._inner.start(leg, send, receive)
         expected = torch.empty_like(sums)
         with waiting(self._group, "checksums of an exchange"):
@@ -63,7 +65,7 @@ class _Verified(Transfer):
         """
         assert self.group is not None
         self.inner.wait(what)
-        wrong = (_checksums(self.receive, self.splits) != self.expected).nonzero().flatten().tolist()
+        wrong = (checksums(self.receive, self.splits) != self.expected).nonzero().flatten().tolist()
         ranks = dist.get_process_group_ranks(self.group)
         told = from_every_rank([ranks[place] for place in wrong], self.group)
         found = [f"what rank {a} sent to rank {b}" for b, sources in zip(ranks, told, strict=True) for a in sources]
@@ -75,11 +77,15 @@ class _Verified(Transfer):
             )
 
 
-def _checksums(buffer: Tensor, splits: Sequence[int]) -> Tensor:
+def checksums(buffer: Tensor, splits: Sequence[int]) -> Tensor:
     """One int64 for each piece of a 1-D buffer; a single wrong word always changes it, as weights are odd."""
     words = buffer.view(_WORDS[buffer.dtype.itemsize])
     sums = []
     for piece in words.split(list(splits)):
-        weights = 2 * torch.arange(piece.numel(), device=piece.device) + 1
-        sums.append((piece.to(torch.int64) * weights).sum())
+        total = torch.zeros((), dtype=torch.int64, device=piece.device)
+        for start in range(0, piece.numel(), _BLOCK):
+            block = piece[start : start + _BLOCK]
+            places = torch.arange(start, start + block.numel(), device=piece.device)
+            total += (block.to(torch.int64) * (2 * places + 1)).sum()
+        sums.append(total)
     return torch.stack(sums)

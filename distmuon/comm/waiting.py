@@ -20,6 +20,8 @@ _LATE = 1.0
 _PATIENCE, _PATIENCE_AFTER_TIMEOUT = 2.0, 10.0
 # After what is waited for in a group that the reader is not in, or does not wait in
 _ELSEWHERE = " (in another group)"
+# Said where nothing is waited for any longer; a key that went would block who is about to read it
+_NOTHING = "nothing"
 
 
 @dataclass(eq=False)
@@ -117,7 +119,7 @@ def _take_back(wait: Wait) -> None:
     if wait.told:
         for store in _stores(wait.group):
             with contextlib.suppress(Exception):
-                store.delete_key(_key(dist.get_rank()))
+                store.set(_key(dist.get_rank()), _NOTHING)
 
 
 def hang_report(patience: float = 2.0) -> str:
@@ -148,6 +150,7 @@ def tell(wait: Wait, patience: float) -> str:
     others = {rank: heard[rank] for rank in ranks if rank in heard}
     late = [rank for rank, said in others.items() if said.what == now.what and said.seconds < -_LATE]
     same = [rank for rank, said in others.items() if said.what == now.what and rank not in late]
+    here = [said.seconds for said in others.values() if not said.what.endswith(_ELSEWHERE)]
     silent = [rank for rank in ranks if rank != me and rank not in heard]
     clauses = [f"{_ranks(same)} for the same"] if same else []
     clauses += [f"rank {rank} for {said.what}" for rank, said in others.items() if said.what != now.what]
@@ -161,7 +164,7 @@ def tell(wait: Wait, patience: float) -> str:
         advice = f"nothing is heard of {_ranks(silent)}: ended, stalled or far behind, so look there first"
     elif late:
         advice = f"{_ranks(late)} came only after that: stalled, so look there first"
-    elif others and min(said.seconds for said in others.values()) > _LATE + 2 * now.seconds:
+    elif here and min(here) > _LATE + 2 * now.seconds:
         advice = "this rank came only when the others had given up: it stalled, so look here first"
     elif len(same) < len(ranks) - 1:
         advice = "all ranks wait, for different things: look for the first error among them"
@@ -197,8 +200,8 @@ def _ask(wait: Wait, now: _Said, patience: float, heard: dict[int, _Said], answe
 def _hear(rank: int, stores: Sequence[Store]) -> _Said | None:
     """What a rank says, of this group or, if it says nothing of that, of another one."""
     for store in stores:
-        if store.check([_key(rank)]):
-            seconds, what = store.get(_key(rank)).decode().split(" ", 1)
+        if store.check([_key(rank)]) and (text := store.get(_key(rank)).decode()) != _NOTHING:
+            seconds, what = text.split(" ", 1)
             here = store is stores[0] or what.endswith(_ELSEWHERE)
             return _Said(what if here else what + _ELSEWHERE, float(seconds))
     return None

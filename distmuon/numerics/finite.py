@@ -19,7 +19,7 @@ def nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
         if tensor.numel():
             alike.setdefault((tensor.device, tensor.dtype), []).append(number)
     for numbers in alike.values():
-        extremes = torch.stack([torch.stack(torch.aminmax(tensors[number])) for number in numbers])
-        for number, finite in zip(numbers, extremes.isfinite().all(dim=1).tolist(), strict=True):
+        extremes = torch.stack([extreme for number in numbers for extreme in torch.aminmax(tensors[number])])
+        for number, finite in zip(numbers, extremes.view(-1, 2).isfinite().all(dim=1).tolist(), strict=True):
             found[number] = not finite
     return found

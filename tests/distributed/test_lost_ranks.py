@@ -20,8 +20,11 @@ from torch.distributed.fsdp import fully_shard
 
 import distmuon
 from distmuon.comm.exchange import Transfer
+from distmuon.comm.verify import checksums
 from distmuon.comm.waiting import Wait, forget, remember, tell, waiting
 from distmuon.comm.watch import Watch
+from distmuon.numerics.costs import CostTable, Rates
+from distmuon.speeds import Link, Speeds
 
 SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
 TIMEOUT = 1.5
@@ -176,8 +179,14 @@ def watched():
         work.wait()
         time.sleep(0.2)
     watch.look()
-    told = dist.group.WORLD.get_group_store().check([f"distmuon/waits/{dist.get_rank()}"])
+    told = says(dist.group.WORLD)
     return lines, report, distmuon.hang_report(), received.tolist(), told
+
+
+def says(group):
+    """Whether this rank tells the others of a group that it waits."""
+    store, key = group.get_group_store(), f"distmuon/waits/{dist.get_rank()}"
+    return store.check([key]) and store.get(key) != b"nothing"
 
 
 def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
@@ -268,16 +277,14 @@ def complains_and_goes_on():
     mesh, group = mesh_with_timeout(), dist.group.WORLD
     with contextlib.suppress(RuntimeError), waiting(mesh.get_group(), "what never comes"):
         raise RuntimeError("lost")
-    stores = [mesh.get_group().get_group_store(), group.get_group_store()]
-    key = f"distmuon/waits/{dist.get_rank()}"
-    said = [store.check([key]) for store in stores]
+    said = says(mesh.get_group()), says(group)
     with waiting(group, "what comes"):
         dist.barrier()
-    return said, [store.check([key]) for store in stores]
+    return said, (says(mesh.get_group()), says(group))
 
 
 def test_a_complaint_holds_until_something_comes(three):
-    assert three.run(complains_and_goes_on) == [([True, True], [False, False])] * 3
+    assert three.run(complains_and_goes_on) == [((True, True), (False, False))] * 3
 
 
 def loses_the_host_of_the_store():
@@ -341,23 +348,49 @@ def test_a_flipped_bit_on_the_wire_is_told_on_all_ranks(three, layout, direction
     assert three.run(flips_a_bit, layout, direction, False) == ["nothing was raised"] * 3
 
 
-def verified_steps(all_gather):
+def slow_products():
+    """Costs by which every matrix that can have a team gets one."""
+    engines = tuple((name, Rates(1e-9, 1.0, 1.0)) for name in ("rational", "composed", "gram"))
+    free = Link(0.0, 0.0, 0.0, 0.0)
+    return CostTable("cpu-float32", "made up", engines, Speeds(free, free))
+
+
+def verified_steps(all_gather, teams, bad, keywords):
     results = []
+    if teams:
+        keywords = {**keywords, "cost_table": slow_products()}
     with mock.patch("distmuon.binding.prefers_all_gather", lambda *_: all_gather):
         for verify in (False, True):
             torch.manual_seed(0)
             model = nn.Sequential(*[nn.Linear(24, 20, bias=False), nn.Linear(20, 24)])
-            optimizer = distmuon.Muon(model, mesh=dist.group.WORLD, verify_exchange=verify, **SETTINGS)
+            optimizer = distmuon.Muon(model, mesh=dist.group.WORLD, verify_exchange=verify, **SETTINGS, **keywords)
             for _ in range(2):
                 with_gradients(model)
+                model[0].weight.grad[0, 0] = bad
                 optimizer.step()
-            results.append([param.detach() for param in model.parameters()])
-    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            results.append([param.detach().view(torch.int32) for param in model.parameters()])
+    formed = any(bucket.parts > 1 for part in optimizer._binding.parts for bucket in part.pipeline.plan.buckets)
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True)), formed
 
 
 @pytest.mark.parametrize("all_gather", [False, True])
-def test_verifying_changes_no_bit(three, all_gather):
-    assert three.run(verified_steps, all_gather) == [True] * 3
+@pytest.mark.parametrize("teams", [False, True])
+@pytest.mark.parametrize("bad", [1.0, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_verifying_changes_no_bit(three, all_gather, teams, bad, dtype):
+    keywords = {"wire_dtype": dtype, "ns_dtype": torch.float32}
+    assert three.run(verified_steps, all_gather, teams, bad, keywords) == [(True, teams)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_checksum_counts_each_word_at_its_place_in_its_piece(dtype):
+    buffer, splits = torch.randn(10, dtype=torch.float64).to(dtype), [3, 0, 7]
+    words = buffer.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).tolist()
+    pieces = [words[:3], [], words[3:]]
+    sums = [sum((2 * place + 1) * word for place, word in enumerate(piece)) % 2**64 for piece in pieces]
+    with mock.patch("distmuon.comm.verify._BLOCK", 2):
+        assert [found % 2**64 for found in checksums(buffer, splits).tolist()] == sums
+    assert [found % 2**64 for found in checksums(buffer, splits).tolist()] == sums
 
 
 def another_version():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
-from distmuon.comm.agree import agree
+from distmuon.comm.agree import NonfiniteError, agree
 from distmuon.numerics.finite import nonfinite
 
 SETTINGS = {"lr": 0.02, "adamw_lr": 1e-3}
@@ -244,6 +245,7 @@ def test_one_process(choice, caplog):
     assert unmarked
     assert skipped == (choice == "skip")
     assert "'first.weight' on rank 0" in (caplog.text if choice == "skip" else told)
+    assert "on_nonfinite='skip'" not in caplog.text, "advice that was taken already"
 
 
 def test_without_it_nobody_looks():
@@ -253,6 +255,13 @@ def test_without_it_nobody_looks():
     stain(model.first.weight, float("nan"))
     optimizer.step()
     assert not model.first.weight.isfinite().all()
+
+
+def test_the_error_of_another_process_can_be_sent_home():
+    error = NonfiniteError("'a' on rank 1")
+    copied = pickle.loads(pickle.dumps(error))
+    assert str(copied) == str(error)
+    assert copied.found == "'a' on rank 1"
 
 
 def test_a_wrong_choice_is_an_error():
