@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -71,7 +72,19 @@ def write_config(path: pathlib.Path, config: Config, step: int) -> None:
         if path.read_bytes() == text.encode():
             return
         path.replace(path.with_name(f"config-until-step-{step}.yaml"))
-    path.write_text(text, encoding="utf-8")
+    # a run that is killed here leaves all of it or nothing
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_name(saved: pathlib.Path) -> str | None:
+    """The ``log.name`` of the run of a resolved config; None where that is not known."""
+    try:
+        name = flatten(_read(saved)).get("log.name")
+    except UserError:
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _read(saved: pathlib.Path) -> dict[str, Any]:

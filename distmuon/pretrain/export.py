@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from distmuon.pretrain.checkpoint import find_problem, step_folders, step_of
 from distmuon.pretrain.checkpoint.manifest import read_manifest
 from distmuon.pretrain.checkpoint.metadata import read_metadata
-from distmuon.pretrain.checkpoint.names import is_final
+from distmuon.pretrain.checkpoint.names import FOLDER, run_folder, step_folder
 from distmuon.pretrain.checkpoint.reader import Planner, Reader
 from distmuon.pretrain.config import Config
 from distmuon.pretrain.errors import UserError
@@ -74,7 +74,7 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, and models are exported as {' or '.join(DTYPES)}: give one of them.")
     checkpoint = _find_checkpoint(pathlib.Path(source))
-    run, target = checkpoint.parent.parent, pathlib.Path(os.path.abspath(to))
+    run, target = _run_of(checkpoint), pathlib.Path(os.path.abspath(to))
     _check_target(target, run, overwrite)
     config = _read_config(run / "config.yaml")
     lm_config = model_config(config.model, config.model.config.get("vocab_size", 0), config.data.sequence_length)
@@ -89,10 +89,11 @@ def export(
 
 
 def _find_checkpoint(path: pathlib.Path) -> pathlib.Path:
-    folders = [path] if is_final(path) and path.is_dir() else step_folders(path / "checkpoints") or step_folders(path)
+    asked = step_folder(path)
+    folders = [asked] if asked is not None else step_folders(path / FOLDER) or step_folders(path)
     if not folders:
         raise UserError(f"{path} holds no checkpoint (a step-N folder): give a run folder such as runs/debug.")
-    newest = folders[-1].resolve()
+    newest = folders[-1].absolute()
     problem = find_problem(newest, hashes=True)
     if problem is not None:
         others = [folder for folder in step_folders(newest.parent) if folder.name != newest.name]
@@ -101,12 +102,18 @@ def _find_checkpoint(path: pathlib.Path) -> pathlib.Path:
     return newest
 
 
-def _read_config(path: pathlib.Path) -> Config:
-    if not path.is_file():
+def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
+    folder = run_folder(checkpoint)
+    path = (folder or checkpoint.parent.parent) / "config.yaml"
+    if folder is None or not path.is_file():
         raise UserError(
             f"{path} is missing, and without the config of the run its model is not known: put a step-N folder into "
             "the checkpoints folder of its run."
         )
+    return folder
+
+
+def _read_config(path: pathlib.Path) -> Config:
     config = load_config(path)
     if "vocab_size" not in config.model.config:
         raise UserError(f"{path} lacks model.config.vocab_size, which every run writes: give the folder of a run.")
@@ -115,7 +122,9 @@ def _read_config(path: pathlib.Path) -> Config:
 
 def _check_target(target: pathlib.Path, run: pathlib.Path, overwrite: bool) -> None:
     real = target.resolve()
-    if real in (run, *run.parents) or (run / "checkpoints") in (real, *real.parents):
+    run = run.resolve()
+    inside = {(run / FOLDER), (run / FOLDER).resolve()} & {real, *real.parents}
+    if real in (run, *run.parents) or inside:
         raise UserError(f"the model would replace or mix with the run in {run}: export to a folder of its own.")
     if not target.exists():
         return

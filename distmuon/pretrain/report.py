@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from dataclasses import dataclass, field
 
@@ -50,14 +51,21 @@ class Summary:
 
     def save(self, path: pathlib.Path) -> None:
         """Write the summary as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(
+            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> Summary:
-        """Read what `save` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields["validation_curve"] = [(tokens, loss) for tokens, loss in fields["validation_curve"]]
-        return cls(**fields)
+    def load(cls, path: pathlib.Path) -> Summary | None:
+        """Read what `save` wrote; None if there is no file, or it is not that."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["validation_curve"] = [(tokens, loss) for tokens, loss in fields["validation_curve"]]
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def summarize(

@@ -30,6 +30,7 @@ from distmuon.pretrain.progress import Display, open_display
 from distmuon.pretrain.report import Summary, plot_loss, summarize
 from distmuon.pretrain.requeue import take_note
 from distmuon.pretrain.runfolder import RunFolder, open_run_folder, written
+from distmuon.pretrain.runlock import RunLock
 from distmuon.pretrain.sample import sample_text
 from distmuon.pretrain.schedule import build_scheduler
 from distmuon.pretrain.sharding import build_mesh, decoder_blocks, place
@@ -63,23 +64,34 @@ def train(config: Config, resume: str | None = None) -> Summary:
         validate(config)
         layout = resolve_layout(config.parallel, world_size())
         check_features(layout, config.train)
-    with process_group(config.parallel.timeout_seconds):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(config.parallel.timeout_seconds))
         _check_settings(config)
         set_up_torch(config.train)
         corpus = _open_corpus(config)
         config, parts = _build(config, corpus, layout)
         # the run folder is made after all that can be refused was looked at
         folder = open_run_folder(config.log, resume, verify=config.checkpoint.verify)
+        lock = stack.enter_context(RunLock())
+        on_first(lambda: lock.take(folder.path))
         if folder.resume_from is not None:
             on_first(lambda: check_changes(folder.config, config))
-            load_checkpoint(folder.resume_from, parts.state, config.checkpoint.routing_changes)
-            on_first(lambda: take_note(folder.path))
+            load_checkpoint(folder.resume_from, parts.state, config.checkpoint.routing_changes, layout=str(layout))
+            with agreed():
+                # other data than the checkpoint's are refused here, before anything in the folder changes
+                parts = dataclasses.replace(parts, loader=iter(parts.loader))
+            on_first(lambda: _take_note(folder))
             if parts.state.progress["step"] >= parts.plan.steps:
                 return _finished_before(parts, folder, corpus)
         on_first(lambda: _prepare_folder(config, parts, folder))
         _announce(parts, folder, corpus)
         _run_loop(parts, folder, corpus)
         return _finish(parts, folder, corpus)
+
+
+def _take_note(folder: RunFolder) -> None:
+    with written(folder.path):
+        take_note(folder.path)
 
 
 def _check_settings(config: Config) -> None:
@@ -324,5 +336,6 @@ def _finished_before(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary
         step,
         steps,
     )
-    before = on_first(lambda: Summary.load(folder.summary) if folder.summary.exists() else None)
-    return before or _finish(parts, folder, corpus)
+    # one that was made longer and killed before its report has the summary of before
+    before = on_first(lambda: Summary.load(folder.summary))
+    return before if before is not None and before.steps >= step else _finish(parts, folder, corpus)

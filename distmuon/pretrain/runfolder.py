@@ -10,13 +10,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from distmuon.pretrain.changes import run_name
 from distmuon.pretrain.checkpoint import find_problem, step_folders, step_of, unfinished
-from distmuon.pretrain.checkpoint.names import is_final, temporary_step
+from distmuon.pretrain.checkpoint.names import FOLDER, run_folder, step_folder, temporary_step
 from distmuon.pretrain.config import LogConfig
 from distmuon.pretrain.errors import AgreedError, UserError
 from distmuon.pretrain.processes import on_first, rank
 
 logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> pathlib.Path:
         """Folder of the ``step-N`` folders."""
-        return self.path / "checkpoints"
+        return self.path / FOLDER
 
     @property
     def metrics(self) -> pathlib.Path:
@@ -44,7 +47,7 @@ class RunFolder:
     @property
     def config(self) -> pathlib.Path:
         """The resolved config."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def summary(self) -> pathlib.Path:
@@ -86,11 +89,10 @@ def open_run_folder(config: LogConfig, resume: str | None, *, verify: bool = Tru
     if resume is None:
         return RunFolder(on_first(lambda: _make_new(base)))
     if resume != "auto":
-        checkpoint = _find(pathlib.Path(resume), verify)
-        return RunFolder(checkpoint.parent.parent, checkpoint)
+        return _of_run(_find(pathlib.Path(resume), verify))
     broken: list[str] = []
     for folder in on_first(lambda: _same_name(base)):
-        newest, problems = _newest_whole(folder / "checkpoints", verify)
+        newest, problems = _newest_whole(folder / FOLDER, verify)
         if newest is not None:
             return RunFolder(folder, newest)
         broken += problems
@@ -120,32 +122,44 @@ def _make_new(base: pathlib.Path) -> pathlib.Path:
 
 
 def _same_name(base: pathlib.Path) -> list[pathlib.Path]:
-    """``base``, ``base-2``, ``base-3``, ... that exist, the last one first."""
-    numbered = {}
-    for path in base.parent.glob(f"{base.name}*"):
-        match = re.fullmatch(r"(?:-(\d+))?", path.name[len(base.name) :])
-        if match and path.is_dir():
-            numbered[int(match[1] or 1)] = path
+    """``base``, ``base-2``, ``base-3``, ... that exist and are not runs of a name like that, the last one first."""
+    numbered = {1: base} if base.is_dir() else {}
+    for path in base.parent.iterdir() if base.parent.is_dir() else ():
+        match = re.fullmatch(re.escape(base.name) + r"-(\d+)", path.name)
+        if match and path.is_dir() and run_name(path / CONFIG) in (base.name, None):
+            numbered[int(match[1])] = path
     return [numbered[number] for number in sorted(numbered, reverse=True)]
+
+
+def _of_run(checkpoint: pathlib.Path) -> RunFolder:
+    """The run folder of a checkpoint that was found by its path."""
+    folder = on_first(lambda: run_folder(checkpoint))
+    if folder is None:
+        raise AgreedError(
+            f"{checkpoint} is in no run folder, and a run goes on in the one that holds its checkpoint: put it in as "
+            f"RUN/{FOLDER}/{checkpoint.name}, with the config.yaml of its run in RUN, and give --resume RUN."
+        )
+    return RunFolder(folder, folder / FOLDER / checkpoint.name)
 
 
 def _find(path: pathlib.Path, verify: bool) -> pathlib.Path:
     """The checkpoint that a path given to ``--resume`` means."""
-    if is_final(path) and on_first(lambda: path.is_dir()):
-        problem = find_problem(path, hashes=verify)
+    asked = on_first(lambda: step_folder(path))
+    if asked is not None:
+        problem = find_problem(asked, hashes=verify)
         if problem is None:
-            return path.resolve()
-        raise AgreedError(f"--resume {path} is broken ({problem}): {_advice(path.parent, verify, _others(path))}.")
-    for folder in (path / "checkpoints", path):
+            return asked
+        raise AgreedError(f"--resume {path} is broken ({problem}): {_advice(asked.parent, verify, _others(asked))}.")
+    for folder in (path / FOLDER, path):
         checkpoint, problems = _newest_whole(folder, verify)
         if checkpoint is not None:
-            return checkpoint.resolve()
+            return checkpoint
         if problems:
             raise AgreedError(
                 f"--resume {path} holds no whole checkpoint ({'; '.join(problems)}): bring one back, or start a new "
                 "run without --resume."
             )
-    near = on_first(lambda: next((f for f in (path.parent, path.parent / "checkpoints") if step_folders(f)), None))
+    near = on_first(lambda: next((f for f in (path.parent, path.parent / FOLDER) if step_folders(f)), None))
     advice = "give a run folder such as runs/debug, or auto"
     if near is not None:
         advice = _advice(near, verify, on_first(lambda: step_folders(near)))

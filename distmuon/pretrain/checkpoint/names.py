@@ -10,6 +10,7 @@ _NUMBER = "(0|[1-9][0-9]{0,17})"
 _FINAL = re.compile(f"step-{_NUMBER}")
 _WRITING = re.compile(rf"\.writing-step-{_NUMBER}-[0-9a-f]{{8}}")
 LOCK = ".lock"
+FOLDER = "checkpoints"
 
 
 def is_final(path: pathlib.Path) -> bool:
@@ -23,6 +24,19 @@ def step_of(path: pathlib.Path) -> int:
     if match is None:
         raise ValueError(f"{path} is not named step-N")
     return int(match[1])
+
+
+def step_folder(path: pathlib.Path) -> pathlib.Path | None:
+    """The ``step-N`` folder that a path is, or leads to by a link of another name; None if there is none."""
+    return next((found for found in (path, path.resolve()) if is_final(found) and found.is_dir()), None)
+
+
+def run_folder(checkpoint: pathlib.Path) -> pathlib.Path | None:
+    """The run folder in whose ``checkpoints`` a ``step-N`` folder is, by its path or by where links lead; else None."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):
+        if path.parent.name == FOLDER:
+            return path.parent.parent
+    return None
 
 
 def temporary(folder: pathlib.Path, step: int) -> pathlib.Path:
