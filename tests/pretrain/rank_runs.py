@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 from torch import nn
 
 from distmuon.pretrain import Interrupted, UserError, load_config, train
@@ -120,3 +121,9 @@ def agreements() -> list[Any]:
 
 def _refuse() -> None:
     raise UserError(f"rank {rank()} refuses.")
+
+
+def random_state_after(path: Path, flags: Sequence[str], resume: str | None = None) -> list[int]:
+    """The random numbers with which a rank ends a run."""
+    train(load_config(path, *flags), resume)
+    return torch.get_rng_state().tolist()

@@ -72,6 +72,23 @@ def test_a_checkpoint_of_another_layout_goes_on(tiny: Tiny, two: Pool, before: s
     torch.testing.assert_close(parts.validation, whole.validation, rtol=rtol, atol=0.0)
 
 
+def test_ranks_that_share_activations_draw_the_same_dropout(tiny: Tiny, two: Pool) -> None:
+    """Random numbers of ranks with data of their own are not those of as many ranks that split each matrix."""
+    changes = {**SHORT, "train__steps": 4, "model__type": "phi", "model__resid_pdrop": 0.3}
+    fsdp = two.run(rank_runs.random_state_after, tiny(**changes), FLAGS["fsdp"], timeout=120.0)
+    assert fsdp[0] != fsdp[1]
+    tp = two.run(
+        rank_runs.random_state_after,
+        tiny(
+            **changes,
+        ),
+        [*FLAGS["tp"], "--train.steps=6"],
+        "auto",
+        timeout=120.0,
+    )
+    assert tp[0] == tp[1]
+
+
 def test_a_rank_without_its_data_ends_all_with_its_sentence(tiny: Tiny, two: Pool, tmp_path: Path) -> None:
     path = tiny(**SHORT)
     path.write_text(path.read_text(encoding="utf-8") + "parallel: {dp_shard: 2}\n", encoding="utf-8")

@@ -22,7 +22,13 @@ from distmuon.pretrain.processes import agreed
 RoutingTable = dict[str, dict[str, Any]]
 
 
-def load_checkpoint(path: pathlib.Path, state: AppState, routing_changes: Literal["error", "reset"] = "error") -> None:
+def load_checkpoint(
+    path: pathlib.Path,
+    state: AppState,
+    routing_changes: Literal["error", "reset"] = "error",
+    *,
+    layout: str | None = None,
+) -> None:
     """Load a ``step-N`` folder, of this layout or another, into the run; all ranks have to call it.
 
     Args:
@@ -30,13 +36,15 @@ def load_checkpoint(path: pathlib.Path, state: AppState, routing_changes: Litera
         state: The run.
         routing_changes: What becomes of parameters that another algorithm updates now: ``"reset"`` starts their
             optimizer state anew.
+        layout: Arrangement of the ranks, in words; random numbers are those of the checkpoint if it was written in the
+            same one. None: if it was written by as many ranks.
 
     Raises:
         UserError: On all ranks, if it cannot be read or does not fit the model and optimizer.
     """
     with agreed():
         try:
-            _load(path, state, routing_changes)
+            _load(path, state, routing_changes, layout)
         except UserError:
             raise
         except (Exception, CheckpointException) as error:  # the latter is no Exception; a misfit raises plain ones
@@ -46,7 +54,7 @@ def load_checkpoint(path: pathlib.Path, state: AppState, routing_changes: Litera
             ) from error
 
 
-def _load(path: pathlib.Path, state: AppState, routing_changes: str) -> None:
+def _load(path: pathlib.Path, state: AppState, routing_changes: str, layout: str | None) -> None:
     # a reader that only some ranks have would leave the others waiting in DCP
     with agreed():
         try:
@@ -68,7 +76,7 @@ def _load(path: pathlib.Path, state: AppState, routing_changes: str) -> None:
             planner=Planner(),
             no_dist=not dist.is_initialized(),
         )
-    state.load_state_dict(template)
+    state.load_state_dict(template, same_layout=layout in (None, manifest.layout))
 
 
 def _changed(path: pathlib.Path, saved: RoutingTable, present: RoutingTable, routing_changes: str) -> set[str]:

@@ -72,10 +72,15 @@ class AppState:
         template["optimizer"] = {"state": {name: state[name] for name in state if name not in reset}}
         return template
 
-    def load_state_dict(self, loaded: dict[str, Any]) -> None:
+    def load_state_dict(self, loaded: dict[str, Any], *, same_layout: bool = True) -> None:
         """Take over a `template` that was filled; learning rates and other settings stay those of the present config.
 
         All ranks have to call it.
+
+        Args:
+            loaded: The template.
+            same_layout: Whether ranks take over random numbers, where there are as many of them. In another layout
+                ranks that share a copy of the data, and need the same numbers, may be others.
 
         Raises:
             BrokenCheckpoint: If values are of other kinds than those that are saved.
@@ -91,8 +96,8 @@ class AppState:
         )
         # this step computes the learning rates of the schedule at `step`
         self._scheduler.step()
-        # another number of ranks has no random numbers to go on with, and keeps those it was seeded with
-        if len(states) == world_size():
+        # another layout has no random numbers to go on with, and keeps those it was seeded with
+        if same_layout and len(states) == world_size():
             _set_random_state(states[rank()], self._device)
         self.progress.update(progress)
         self._loader.load_state_dict(position)
