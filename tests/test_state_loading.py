@@ -333,3 +333,9 @@ def test_dcp_of_a_changed_route_can_be_loaded_in_part(saved, tmp_path):
         with reset_changed():
             set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
     assert_same_state(state_of(model, optimizer), state_of(*saved, but=["embed.weight"]))
+
+
+def test_the_file_of_a_whole_run_is_told(saved):
+    model, optimizer = saved
+    with pytest.raises(ValueError, match=r"no state dict of an optimizer, .* it has 'model'; 'optimizer'"):
+        optimizer.load_state_dict({"model": model.state_dict(), "optimizer": optimizer.state_dict()})

@@ -49,6 +49,12 @@ def fit(state_dict: Mapping[str, Any], groups: Sequence[Group], *, changed: str)
     """
     if changed not in ("error", "reset"):
         raise ValueError(f"changed={changed!r}: it is 'error' or 'reset'.")
+    if not {"state", "param_groups"} <= {*state_dict}:
+        raise ValueError(
+            f"this is no state dict of an optimizer, which has 'state' and 'param_groups': it has "
+            f"{enumerate_differences([repr(key) for key in state_dict])}. In the file of a whole run it is one of the "
+            "entries."
+        )
     reset = changed == "reset" or _RESET.get()
     match = find_match(state_dict["param_groups"], state_dict["state"], groups, reset=reset)
     if not reset:
