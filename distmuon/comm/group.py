@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import weakref
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -100,7 +102,7 @@ def team_group(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> di
     if teams == [tuple(members)]:
         return group
     if default_group().bound_device_id is None or dist.get_backend(group) != "nccl":
-        return None if mine is None else _group_of_exactly(mine, dist.get_backend_config(group))
+        return None if mine is None else _group_of_exactly(mine, dist.get_backend_config(group), group)
     # a communicator of NCCL that is up already is split by all of its ranks together
     made = _SPLIT.setdefault(group, {})
     key = tuple(teams)
@@ -109,12 +111,15 @@ def team_group(teams: Sequence[tuple[int, ...]], group: dist.ProcessGroup) -> di
     return made[key]
 
 
-def _group_of_exactly(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+def _group_of_exactly(
+    ranks: tuple[int, ...], backend: str | None = None, beside: dist.ProcessGroup | None = None
+) -> dist.ProcessGroup:
     """A process group of these ranks, that of the job or a new one; they call this together.
 
     Args:
         ranks: Global ranks, ascending.
         backend: As :func:`torch.distributed.get_backend_config` names it; None: that of the job.
+        beside: The group whose time-out a new one gets; None: that of the job.
     """
     world = default_group()
     usual = dist.get_backend_config(world)
@@ -126,7 +131,21 @@ def _group_of_exactly(ranks: tuple[int, ...], backend: str | None = None) -> dis
         other = None if backend == usual else backend
         # only these ranks are here to make it: others may belong to another stage of a pipeline
         made[ranks, backend] = dist.new_group(list(ranks), backend=other, use_local_synchronization=True)
+    timeout = timeout_of(beside or world)
+    if timeout is not None:
+        # torch's own is 30 minutes on gloo, whatever the group that it is made beside
+        made[ranks, backend].set_timeout(timeout)
     return made[ranks, backend]
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """After which a group gives up; torch says it in a private place only, and None is told where it does not."""
+    kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
+    for kind in reversed(kinds):  # accelerators come last, and a group may name some that this machine lacks
+        with contextlib.suppress(AttributeError, RuntimeError):
+            found: timedelta = group._get_backend(torch.device(kind)).options._timeout
+            return found
+    return None
 
 
 def default_group() -> dist.ProcessGroup:

@@ -6,10 +6,12 @@ import logging
 import threading
 import time
 import weakref
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from distmuon.comm.group import timeout_of
 from distmuon.comm.waiting import Wait, drop, forget, is_up, remember, tell
 
 logger = logging.getLogger("distmuon")
@@ -72,16 +74,8 @@ def watch_of(group: dist.ProcessGroup, device: torch.device) -> Watch | None:
     """A watch over exchanges of a group; None for gloo, where the host waits itself and is told by an error."""
     if device.type == "cpu" or dist.get_backend(group) == "gloo":
         return None
-    return Watch(_TOLD_AFTER * _timeout(group, device))
-
-
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds after which a group gives up; torch says it in a private place only."""
-    try:
-        seconds: float = group._get_backend(device).options._timeout.total_seconds()
-    except (AttributeError, RuntimeError):
-        return 600.0  # the default of torch for NCCL
-    return seconds
+    # the other value is torch's own for NCCL
+    return Watch(_TOLD_AFTER * (timeout_of(group) or timedelta(minutes=10)).total_seconds())
 
 
 def _look_again(watched: weakref.ref[Watch], pause: float) -> None:

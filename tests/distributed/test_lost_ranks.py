@@ -409,3 +409,18 @@ def test_ranks_of_other_versions_are_told(three):
     found = three.run(another_version)
     assert len(set(found)) == 1
     assert found[0].startswith("rank 0: rank 0 runs 1.0 and rank 1 runs 9.9")
+
+
+def timeouts_of_new_groups():
+    from distmuon.comm.group import team_group, timeout_of
+
+    job, short = dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=7))
+    team = team_group([(0, 2)], short)
+    return [None if group is None else timeout_of(group) for group in (job, short, team)]
+
+
+def test_teams_give_up_when_their_group_does(three):
+    for rank, (job, short, team) in enumerate(three.run(timeouts_of_new_groups)):
+        assert job == timedelta(minutes=10)
+        assert short == timedelta(seconds=7)
+        assert team == (None if rank == 1 else timedelta(seconds=7))
