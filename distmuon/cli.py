@@ -80,6 +80,12 @@ def _calibrate(arguments: Sequence[str]) -> int:
     return run_command(arguments)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    from distmuon.diagnosing.command import leave, run_command
+
+    return leave(run_command(arguments))
+
+
 def _plan(arguments: Sequence[str]) -> int:
     from distmuon.planning.command import run_command
 
@@ -89,6 +95,7 @@ def _plan(arguments: Sequence[str]) -> int:
 COMMANDS = {
     "calibrate": Command(_calibrate, "measure how fast the engines are on this machine"),
     "check": Command(_check, "prove that the sharded update of your model is the single-device one"),
+    "doctor": Command(_doctor, "check machines, ranks and links before a job, and say what to do"),
     "export": Command(_export, "write the model of a run for transformers, as safetensors"),
     "plan": Command(_plan, "predict the step on a cluster: owners, time, memory, and what would be better"),
     "pretrain": Command(_pretrain, "pretrain a language model from a YAML file"),
