@@ -28,6 +28,9 @@ from distmuon.pretrain.export_tokenizer import SavedTokenizer, find_tokenizer
 from distmuon.pretrain.model import build_model, count_parameters, model_config
 from distmuon.pretrain.parse import load_config
 
+# of what transformers writes for a model and a tokenizer
+_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -135,6 +138,9 @@ def _check_target(target: pathlib.Path, run: pathlib.Path, overwrite: bool) -> N
             raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace a model in it.")
         if not (target / "config.json").is_file():
             raise UserError(f"{target} holds other things than a model (no config.json): give another folder.")
+        others = [path.name for path in sorted(target.iterdir()) if path.is_dir() or path.suffix not in _SUFFIXES]
+        if others:
+            raise UserError(f"{target} holds other things than a model ({others[0]}): give another folder, or move it.")
 
 
 def _load_weights(checkpoint: pathlib.Path, model: nn.Module) -> None:

@@ -146,9 +146,9 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"wrote {out}: " in capsys.readouterr().out
     assert cli.main(["export", str(run), "--to", str(out)]) == 1
     assert "is not empty: give another folder, or --overwrite" in capsys.readouterr().err
-    (out / "leftover").write_text("x")
+    (out / "leftover.json").write_text("x")
     assert cli.main(["export", str(run), "--to", str(out), "--overwrite"]) == 0
-    assert not (out / "leftover").exists()
+    assert not (out / "leftover.json").exists()
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.float32
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
     assert cli.main(["export", str(run)]) == 2
@@ -169,6 +169,8 @@ def test_what_cannot_be_exported_is_told(run: Path, tmp_path: Path) -> None:
     refuses("holds no checkpoint .a step-N folder.", source=other)
     refuses("is not empty", to=other)
     refuses("holds other things than a model", to=other, overwrite=True)
+    (other / "config.json").write_text("{}")
+    refuses("holds other things than a model .thesis.tex.", to=other, overwrite=True)
     refuses("is a file", to=other / "thesis.tex")
     refuses("would replace or mix with the run", to=run, overwrite=True)
     refuses("would replace or mix with the run", to=run.parent, overwrite=True)
