@@ -44,6 +44,7 @@ def test_the_run_folder_has_everything(tiny: Tiny) -> None:
     summary = train(load_config(path))
     folder = Path(summary.run_dir)
     assert {found.name for found in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         "loss.png",
