@@ -27,11 +27,11 @@ setup_venv() {
   have="$(cat "$stamp" 2>/dev/null || true)"
   if [[ "$have" != "$wanted" ]]; then
     echo "installing distmuon[$extras] into $venv (the first time downloads PyTorch)"
-    python -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT[$extras]" ||
+    python -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "${ROOT}[$extras]" ||
       _fail "pip could not install distmuon[$extras]: see its message above, check the network, and start again."
     echo "$wanted" >"$stamp"
   fi
-  cd "$ROOT"
+  cd "$ROOT" || return
 }
 
 _check_python() {

@@ -73,6 +73,7 @@ trainer_command() {
 
 # OPTIONS: torchrun's, for logs, restarts and signals.
 torchrun_options() {
+  # shellcheck disable=SC2034,SC2054 # for the scripts that source this; the commas are torchrun's
   OPTIONS=(
     --nproc-per-node="$NGPU"
     --max-restarts="${MAX_RESTARTS:-0}"
