@@ -14,24 +14,24 @@ from transformers import PretrainedConfig
 from distmuon._version import __version__
 from distmuon.pretrain.batch import plan_batches
 from distmuon.pretrain.changes import check_changes, write_config
-from distmuon.pretrain.checkpoint import AppState, Saver, load_checkpoint, newest_checkpoint, set_aside_newer
+from distmuon.pretrain.checkpoint import AppState, Saver, load_checkpoint, set_aside_newer
 from distmuon.pretrain.config import Config, flatten, validate
 from distmuon.pretrain.data import Corpus, check_vocabulary, open_corpus, train_loader, val_batches
 from distmuon.pretrain.evaluate import Validation, evaluate
+from distmuon.pretrain.finish import make_sample, write_report
 from distmuon.pretrain.flops import flops_per_token, peak_flops
 from distmuon.pretrain.loop import Hooks, Loop, Parts
-from distmuon.pretrain.metrics import MetricsFile, Record, read_metrics
+from distmuon.pretrain.metrics import MetricsFile, Record
 from distmuon.pretrain.model import build_model, count_parameters, model_config
 from distmuon.pretrain.optimizer import build_optimizer, routing
 from distmuon.pretrain.parallel import Layout, check_features, resolve_layout
 from distmuon.pretrain.precision import choose_device, choose_dtype, describe, set_up_torch
 from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first, process_group, rank, world_size
 from distmuon.pretrain.progress import Display, open_display
-from distmuon.pretrain.report import Summary, plot_loss, summarize
+from distmuon.pretrain.report import Summary
 from distmuon.pretrain.requeue import take_note
 from distmuon.pretrain.runfolder import RunFolder, open_run_folder, written
 from distmuon.pretrain.runlock import RunLock
-from distmuon.pretrain.sample import sample_text
 from distmuon.pretrain.schedule import build_scheduler
 from distmuon.pretrain.sharding import build_mesh, decoder_blocks, place
 from distmuon.pretrain.tensor_parallel import tensor_parallel_plan
@@ -271,60 +271,13 @@ def _validate(parts: Parts, corpus: Corpus) -> Validation:
 
 def _finish(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:
     """Sample, draw and sum up; the result is that of rank 0 on all ranks."""
-    sample = _sample(parts, corpus)
+    sample = make_sample(parts, corpus)
     return on_first(lambda: _report(parts, folder, sample))
-
-
-def _sample(parts: Parts, corpus: Corpus) -> str | None:
-    train = parts.config.train
-    if train.sample_tokens == 0:
-        return None
-    if corpus.tokenizer is None:
-        logger.warning("no sample text: the data does not say its tokenizer, so set data.tokenizer")
-        return None
-    sample = sample_text(
-        parts.placed.model,
-        corpus.tokenizer,
-        train.sample_prompt,
-        train.sample_tokens,
-        device=parts.device,
-        dtype=parts.dtype,
-        seed=train.seed,
-    )
-    logger.info("sample:\n%s", sample)
-    return sample
 
 
 def _report(parts: Parts, folder: RunFolder, sample: str | None) -> Summary:
     with written(folder.path):
-        return _write_report(parts, folder, sample)
-
-
-def _write_report(parts: Parts, folder: RunFolder, sample: str | None) -> Summary:
-    config, records = parts.config, read_metrics(folder.metrics)
-    summary = summarize(
-        records,
-        run_dir=folder.path,
-        optimizer=config.optim.name,
-        parameters=count_parameters(parts.placed.model),
-        checkpoint=newest_checkpoint(folder.checkpoints),
-        sample=sample,
-    )
-    summary.save(folder.summary)
-    if config.log.plot:
-        title = f"{folder.path.name}: {config.model.type}, {summary.parameters:,} parameters, {config.optim.name}"
-        plot_loss(records, folder.path / "loss.png", title)
-    bits = "" if summary.bits_per_byte is None else f", {summary.bits_per_byte:.3f} bits/byte"
-    logger.info(
-        "done: validation loss %.4f%s after %s tokens in %.0f s (%s tok/s); see %s",
-        summary.validation_loss,
-        bits,
-        f"{summary.tokens:,}",
-        summary.seconds,
-        f"{summary.tokens_per_second:,.0f}",
-        folder.path,
-    )
-    return summary
+        return write_report(parts, folder, sample)
 
 
 def _finished_before(parts: Parts, folder: RunFolder, corpus: Corpus) -> Summary:
