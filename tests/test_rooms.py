@@ -24,8 +24,25 @@ FORBIDDEN = {
     "plan": ("distmuon.numerics", "distmuon.comm", "distmuon.muon", "distmuon.pretrain", "torch"),
     "comm": ("distmuon.numerics", "distmuon.muon", "distmuon.pretrain"),
     "calibrating": ("distmuon.plan", "distmuon.muon", "distmuon.pretrain", "distmuon.planning"),
-    "planning": ("distmuon.comm", "distmuon.calibrating", "torch.distributed"),
-    "": ("distmuon.pretrain", "distmuon.calibrating", "distmuon.planning", "transformers", "datasets", "accelerate"),
+    "diagnosing": (
+        "distmuon.plan",
+        "distmuon.muon",
+        "distmuon.pretrain",
+        "distmuon.planning",
+        "numpy",
+        "rich",
+        "transformers",
+    ),
+    "planning": ("distmuon.comm", "distmuon.calibrating", "distmuon.diagnosing", "torch.distributed"),
+    "": (
+        "distmuon.pretrain",
+        "distmuon.calibrating",
+        "distmuon.diagnosing",
+        "distmuon.planning",
+        "transformers",
+        "datasets",
+        "accelerate",
+    ),
 }
 
 
@@ -48,7 +65,7 @@ def test_direction_of_imports(room):
 
 def test_process_groups_stay_in_their_rooms():
     """The hook of DDP, the checker, the trainer and who measures links make or take groups; the step has ``comm``."""
-    allowed = ("comm/", "ddp.py", "checking/", "pretrain/", "calibrating/")
+    allowed = ("comm/", "ddp.py", "checking/", "pretrain/", "calibrating/", "diagnosing/")
     for path in PACKAGE.rglob("*.py"):
         if not str(path.relative_to(PACKAGE)).startswith(allowed):
             assert not any(name.startswith("torch.distributed") for name in imports(path)), path

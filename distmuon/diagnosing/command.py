@@ -18,7 +18,7 @@ from distmuon.calibrating.ranks import Ranks, RanksError, start
 from distmuon.comm.group import default_group
 from distmuon.diagnosing.arguments import Arguments, parse
 from distmuon.diagnosing.findings import FAILURE, OK, Finding
-from distmuon.diagnosing.meeting import Unmet, meet
+from distmuon.diagnosing.meeting import UnmetError, meet
 from distmuon.diagnosing.places import Here, in_launch
 from distmuon.diagnosing.post import Post, SilenceError
 from distmuon.diagnosing.report import text, write
@@ -116,7 +116,7 @@ def _launched(given: Arguments) -> int:
     here = Here(rank, size, local, given.device, given.folder, given.timeout_s, launched=True)
     try:
         store = meet(here)
-    except Unmet as unmet:
+    except UnmetError as unmet:
         return _tell_unmet(here, unmet.finding)
     post = Post(store, rank, size, given.timeout_s)
 

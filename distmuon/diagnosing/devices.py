@@ -43,7 +43,7 @@ def look(here: Here) -> Facts:
 
 def usable(facts: Mapping[int, Facts]) -> bool:
     """Whether every rank has a GPU."""
-    return all(fact["device"] == "cuda" and "free" in fact for fact in facts.values())
+    return all(fact.get("device") == "cuda" and "free" in fact for fact in facts.values())
 
 
 def judge(facts: Mapping[int, Facts], places: Places) -> Finding:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _ORDER = (OK, WARNING, FAILURE)
-# Ranks that a sentence names
-_TOLD = 8
+# Ranks that a sentence names, and sentences that a finding has
+_TOLD, _SHOWN = 8, 5
 
 Facts = dict[str, Any]
 """What a rank saw, as JSON can hold it."""
@@ -48,7 +48,7 @@ def conclude(check: str, fine: str, problems: Sequence[Problem]) -> Finding:
     if not problems:
         return Finding(check, OK, fine)
     status = max((problem.status for problem in problems), key=_ORDER.index)
-    return Finding(check, status, _joined(p.found for p in problems), _joined(p.todo for p in problems))
+    return Finding(check, status, some(p.found for p in problems), some(p.todo for p in problems))
 
 
 def by_value(values: Mapping[int, T]) -> dict[T, list[int]]:
@@ -73,5 +73,8 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
 
 
-def _joined(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(text for text in texts if text))
+def some(texts: Iterable[str]) -> str:
+    """Texts, each once; of many the first ones."""
+    named = list(dict.fromkeys(text for text in texts if text))
+    more = [f"and {len(named) - _SHOWN} more"] if len(named) > _SHOWN else []
+    return "; ".join(named[:_SHOWN] + more)

@@ -10,11 +10,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from typing import IO
 
 from distmuon.diagnosing.findings import FAILURE, WARNING, Facts, Finding, Problem, by_value, conclude, size_text
 from distmuon.diagnosing.job import Job
 from distmuon.diagnosing.names import reason
 from distmuon.diagnosing.places import Here, Places
+from distmuon.diagnosing.within import within
 
 _PREFIX = ".distmuon-doctor-"
 # What the first rank of a machine writes, and what others do
@@ -33,22 +35,32 @@ def token(here: Here) -> Iterator[str | None]:
         yield None
         return
     path = here.folder / f"{_PREFIX}{uuid.uuid4().hex}"
+    stream = None
+    # where it does not work, or not in time, the measurement will say why
+    with contextlib.suppress(OSError):
+        stream = within(here.timeout_s, lambda: _locked(path))
     try:
-        stream = path.open("w")
-    except OSError:
-        yield None  # the measurement will say why
-        return
-    try:
-        with stream:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stream.write(path.name)
-            stream.flush()
-            os.fsync(stream.fileno())
-            yield path.name
+        yield None if stream is None else path.name
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()
+            if stream is not None:
+                stream.close()
+            within(here.timeout_s, lambda: path.unlink(missing_ok=True))
+
+
+def _locked(path: pathlib.Path) -> IO[str]:
+    """A new file that holds its name, with this process's lock on it as far as there are locks."""
+    stream = path.open("w")
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stream.write(path.name)
+        stream.flush()
+        os.fsync(stream.fileno())
+    except OSError:
+        stream.close()
+        raise
+    return stream
 
 
 def measure(job: Job) -> Facts:
@@ -68,7 +80,7 @@ def measure(job: Job) -> Facts:
         facts["free"] = shutil.disk_usage(folder).free
     except OSError as error:
         facts["failed"] = reason(error)
-    if job.given is None:
+    if job.given is None or facts["missing"]:
         return {**facts, "shared": None, "locks": None}
     return {**facts, **_seen(folder / job.given)}
 
@@ -152,7 +164,7 @@ def _unusable(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
 
 
 def _unshared(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
-    apart = {r: f["path"] for r, f in facts.items() if f["shared"] is False and not f["missing"]}
+    apart = {r: f["path"] for r, f in facts.items() if f["shared"] is False}
     for path, ranks in by_value(apart).items():
         found = f"{path} on {places.text(ranks)} is not the folder of rank 0: its file there was not seen"
         yield Problem(FAILURE, found, "name a folder of a file system that all machines mount")

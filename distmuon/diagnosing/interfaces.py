@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from distmuon.diagnosing.adapters import adapters, leads_nowhere
-from distmuon.diagnosing.findings import FAILURE, WARNING, Facts, Finding, Problem, by_value, conclude
+from distmuon.diagnosing.findings import FAILURE, WARNING, Facts, Finding, Problem, by_value, conclude, some
 from distmuon.diagnosing.names import addresses, is_loopback, is_own
 from distmuon.diagnosing.places import Here, Places
 
@@ -50,25 +51,27 @@ def _addresses(found: Mapping[str, Mapping[str, object]], name: str) -> list[str
 def judge(facts: Mapping[int, Facts], places: Places) -> Finding:
     """A failure where an interface is missing, down or without address, or leads nowhere between machines."""
     problems: list[Problem] = []
-    for ranks in by_value({rank: repr(fact) for rank, fact in facts.items()}).values():
-        fact = facts[ranks[0]]
-        problems += _of_gloo(fact, places.text(ranks), places.several)
-        problems += _of_nccl(fact, places.text(ranks), places.several)
+    # of many ranks that have the same problem it is told once
+    for of in (_of_gloo, _of_nccl):
+        own = {rank: tuple(of(fact, places.several)) for rank, fact in facts.items()}
+        for same, ranks in by_value(own).items():
+            problems += [replace(problem, found=problem.found.replace("{}", places.text(ranks))) for problem in same]
     problems += _twice(facts, places)
     told = by_value({r: f"gloo takes {'/'.join(f['names']) or 'no name'}, {f['address']}" for r, f in facts.items()})
-    return conclude("interfaces", ", ".join(told), problems)
+    return conclude("interfaces", some(told), problems)
 
 
-def _of_gloo(fact: Facts, where: str, several: bool) -> Iterator[Problem]:
+def _of_gloo(fact: Facts, several: bool) -> Iterator[Problem]:
+    """With ``{}`` for the ranks, as of the others below."""
     todo = _NAME_IT.format(_GLOO)
     if fact["gloo"] is not None:
-        yield from _named(fact, _GLOO, fact["names"], where, several, FAILURE)
+        yield from _named(fact, _GLOO, fact["names"], several, FAILURE)
     elif several and (is_loopback(fact["address"]) or any(map(leads_nowhere, fact["names"]))):
-        found = f"gloo on {where} would take {fact['address']} ({'/'.join(fact['names'])}), where others cannot come"
+        found = f"gloo on {{}} would take {fact['address']} ({'/'.join(fact['names'])}), where others cannot come"
         yield Problem(FAILURE, found, todo)
 
 
-def _of_nccl(fact: Facts, where: str, several: bool) -> Iterator[Problem]:
+def _of_nccl(fact: Facts, several: bool) -> Iterator[Problem]:
     pattern = fact["nccl"]
     # with ^ it names those that are not taken
     if pattern is None or pattern.startswith("^"):
@@ -78,24 +81,25 @@ def _of_nccl(fact: Facts, where: str, several: bool) -> Iterator[Problem]:
     names = [n for n in fact["adapters"] if any(n == w if exact else n.startswith(w) for w in wanted)]
     # without GPUs nobody asks for it
     bad = FAILURE if fact["device"] == "cuda" else WARNING
-    yield from _named(fact, _NCCL, names or [pattern], where, several, bad)
+    complaints = {name: list(_named(fact, _NCCL, [name], several, bad)) for name in names or [pattern]}
+    # of those that begin so it takes one that works
+    if all(complaints.values()):
+        yield from (problem for problems in complaints.values() for problem in problems)
 
 
-def _named(fact: Facts, variable: str, names: list[str], where: str, several: bool, status: str) -> Iterator[Problem]:
+def _named(fact: Facts, variable: str, names: list[str], several: bool, status: str) -> Iterator[Problem]:
     todo = _NAME_IT.format(variable)
     for name in names:
         adapter = fact["adapters"].get(name)
         if adapter is None:
             there = ", ".join(fact["adapters"])
-            yield Problem(status, f"{variable} names {name}, and on {where} there are {there}", todo)
+            yield Problem(status, f"{variable} names {name}, and on {{}} there are {there}", todo)
         elif not adapter["up"]:
-            yield Problem(
-                status, f"{variable} names {name}, which is down on {where}", f"ip link set {name} up; {todo}"
-            )
+            yield Problem(status, f"{variable} names {name}, which is down on {{}}", f"ip link set {name} up; {todo}")
         elif not adapter["addresses"]:
-            yield Problem(status, f"{variable} names {name}, which has no address on {where}", todo)
+            yield Problem(status, f"{variable} names {name}, which has no address on {{}}", todo)
         elif several and leads_nowhere(name):
-            yield Problem(status, f"{variable} names {name} on {where}, which leads to no other machine", todo)
+            yield Problem(status, f"{variable} names {name} on {{}}, which leads to no other machine", todo)
 
 
 def _twice(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:

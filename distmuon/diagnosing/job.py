@@ -72,7 +72,7 @@ def stalled(facts: dict[int, Facts], places: Places) -> list[Problem]:
         behind = [rank for rank, fact in late.items() if fact["entered"] == fewest]
         seconds = next(iter(late.values()))["error"]
         if len(behind) < len(late) or len(late) < len(facts):
-            found = f"{places.text(behind)} stalled ({seconds}), and others waited for it in vain"
+            found = f"{places.text(behind)} stalled ({seconds})"
             problems.append(Problem(FAILURE, found, "look at that machine: load, memory, disks and its network"))
         else:
             found = f"all ranks waited for one another ({seconds})"

@@ -18,7 +18,7 @@ from distmuon.diagnosing.places import Here
 _ATTEMPT_S, _PAUSE_S = 3.0, 0.2
 
 
-class Unmet(Exception):  # noqa: N818  # not an error of the program
+class UnmetError(Exception):
     """This rank cannot get to the others.
 
     Attributes:
@@ -34,7 +34,7 @@ def meet(here: Here) -> Store:
     """The store of all ranks, through a prefix of this start of them.
 
     Raises:
-        Unmet: if it cannot be opened, or reached within the time-out.
+        UnmetError: if it cannot be opened, or reached within the time-out.
     """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if address is None or not port.isdigit():
@@ -68,7 +68,7 @@ def _reach(address: str, port: int, seconds: float) -> None:
     """Wait until somebody listens at a port.
 
     Raises:
-        Unmet: if its name has no address, or nobody does within so many seconds.
+        UnmetError: if its name has no address, or nobody does within so many seconds.
     """
     try:
         addresses(address)
@@ -91,5 +91,5 @@ def _reach(address: str, port: int, seconds: float) -> None:
         time.sleep(_PAUSE_S)
 
 
-def _unmet(found: str, todo: str) -> Unmet:
-    return Unmet(Finding("meeting", FAILURE, found, todo))
+def _unmet(found: str, todo: str) -> UnmetError:
+    return UnmetError(Finding("meeting", FAILURE, found, todo))

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 
-from distmuon.diagnosing.findings import FAILURE, WARNING, Facts, Finding, Problem, by_value, conclude
+from distmuon.diagnosing.findings import FAILURE, WARNING, Facts, Finding, Problem, by_value, conclude, some
 from distmuon.diagnosing.names import addresses, is_free, is_loopback, is_own, reason
 from distmuon.diagnosing.places import Here, Places
 
@@ -72,7 +72,7 @@ def judge(facts: Mapping[int, Facts], places: Places) -> Finding:
     if not head:
         told.append("no MASTER_ADDR")
     own = by_value({rank: f"{fact['hostname']} is {', '.join(fact['own'])}" for rank, fact in facts.items()})
-    return conclude("rendezvous", "; ".join([*told, *own]), problems)
+    return conclude("rendezvous", some([*told, *own]), problems)
 
 
 def _meeting(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
@@ -100,15 +100,15 @@ def _meeting(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
 
 
 def _names(facts: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
-    for rank in (node[0] for node in places.nodes):
-        fact = facts[rank]
-        where = f"the name of this machine, {fact['hostname']},"
-        if fact["own_error"] is not None:
-            yield Problem(
-                WARNING, f"{where} has no address ({fact['own_error']})", "add it to /etc/hosts with that address"
-            )
-        elif places.several and all(map(is_loopback, fact["own"])):
+    firsts = {node[0]: facts[node[0]] for node in places.nodes}
+    for error, ranks in by_value({rank: fact["own_error"] for rank, fact in firsts.items()}).items():
+        if error is not None:
+            text = f"the machine's own name has no address on {places.text(ranks)} ({error})"
+            yield Problem(WARNING, text, "add it to /etc/hosts with the address that others reach")
+    home = {r: (f["own"][0], f["gloo"]) for r, f in firsts.items() if f["own"] and all(map(is_loopback, f["own"]))}
+    for (address, gloo), ranks in by_value(home).items():
+        if places.several:
             # torchrun's c10d rendezvous, and gloo without an interface, go by the name
             todo = "correct /etc/hosts, or name the interface in GLOO_SOCKET_IFNAME and torchrun's --local-addr"
-            text = f"{where} is {fact['own'][0]}, where others cannot come"
-            yield Problem(WARNING if fact["gloo"] else FAILURE, text, todo)
+            text = f"the machine's own name is {address} on {places.text(ranks)}, where others cannot come"
+            yield Problem(WARNING if gloo else FAILURE, text, todo)

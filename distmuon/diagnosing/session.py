@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ from distmuon.diagnosing.within import within
 
 Connect = Callable[[torch.device], None]
 """Makes the process group of all ranks, for tensors of a device."""
+
+
+# Where in the source of gloo an error was raised
+_SOURCE = re.compile(r"\[[^\]]*\.(cc|cpp):\d+\]")
+_UNCONNECTED = "not measured, as the ranks are not connected"
 
 
 @dataclass
@@ -71,7 +77,7 @@ def examine(here: Here, post: Post, connect: Connect) -> Report | None:
             continue
         if measurement.collective and not connected:
             if report is not None:
-                report.findings.append(Finding(name, WARNING, "not measured, as the ranks are not connected"))
+                report.findings.append(Finding(name, WARNING, _UNCONNECTED, "repair what failed above"))
             continue
         done = _measure(name, measurement, job, post, report)
         connected = connected and (done or not measurement.collective)
@@ -212,4 +218,5 @@ def _attempt(job: Job, function: Callable[[], Facts]) -> Facts:
     except TimeoutError as error:
         return {"error": str(error), "late": True, "entered": job.entered}
     except Exception as error:  # whatever it is, others hear of it
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "entered": job.entered}
+        reason = " ".join(_SOURCE.sub("", str(error)).split()).rstrip(".")
+        return {"error": f"{type(error).__name__}: {reason}", "entered": job.entered}
