@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def test_a_job_that_is_signalled_goes_back_into_the_queue_and_on(slurm: Cluster,
     wait_for(lambda: slurm.job(job)["Restarts"] == "1", log)
     note = json.loads((tmp_path / "runs" / "tiny" / "interrupted.json").read_text(encoding="utf-8"))
     assert note["signal"] == "SIGUSR1"
-    # Slurm lets it wait for two minutes
+    # Slurm lets it wait for two minutes, and refuses a start in the second in which the one before was ended
     wait_for(lambda: slurm.job(job)["JobState"] == "PENDING", log)
+    time.sleep(5)
     slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: slurm.job(job)["JobState"] in ("COMPLETED", "FAILED"), log)
     text = read(log)
