@@ -124,7 +124,8 @@ def _launched(given: Arguments) -> int:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         # own time-outs come first
         timeout = timedelta(seconds=3 * given.timeout_s)
-        own = PrefixStore("group", store)
+        # a connection of its own: one that waits for a rank that stalls must not hold up the messages
+        own = PrefixStore("group", store.clone())  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
 
     try:

@@ -125,8 +125,6 @@ def _seen(path: pathlib.Path) -> Facts:
                 return {"shared": False, "locks": None}
             time.sleep(0.1)
     with stream:
-        if stream.read() != path.name:
-            return {"shared": False, "locks": None}
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
@@ -79,16 +80,15 @@ class Post:
             return decided
         # rank 0 may itself have waited for others, twice
         patience = 3 * (self._timeout_s + _SLACK_S)
-        deadline = time.monotonic() + patience
         try:
-            while not self._store.check([key]):
-                if time.monotonic() > deadline:
-                    raise SilenceError(
-                        f"rank {self._rank}: rank 0 has been silent for {patience:.0f} s: look there first."
-                    )
-                time.sleep(_POLL_S)
+            # the store wakes all that wait; a thousand that asked again and again would keep it busy
+            self._store.wait([key], timedelta(seconds=patience))
             return json.loads(self._store.get(key))
-        except dist.DistError as error:
+        except dist.DistNetworkError as error:
             raise SilenceError(
-                f"rank {self._rank}: the store is gone, which lives with rank 0: look there first."
+                f"rank {self._rank}: the store is gone, which lives with rank 0 or its machine: look there first."
+            ) from error
+        except RuntimeError as error:  # of a wait that was too long; its type depends on the store
+            raise SilenceError(
+                f"rank {self._rank}: rank 0 has been silent for {patience:.0f} s: look there first."
             ) from error

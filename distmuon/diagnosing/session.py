@@ -218,5 +218,6 @@ def _attempt(job: Job, function: Callable[[], Facts]) -> Facts:
     except TimeoutError as error:
         return {"error": str(error), "late": True, "entered": job.entered}
     except Exception as error:  # whatever it is, others hear of it
-        reason = " ".join(_SOURCE.sub("", str(error)).split()).rstrip(".")
+        # gloo's advice after it is worse than the way out that is given here
+        reason = " ".join(_SOURCE.sub("", str(error)).split()).split(". ", 1)[0].rstrip(".")
         return {"error": f"{type(error).__name__}: {reason}", "entered": job.entered}
