@@ -469,6 +469,10 @@ def test_what_cannot_be_looked_at_is_a_finding():
         report = alone(HERE, look(HERE))
     (finding,) = [finding for finding in report.findings if finding.check == "shared memory"]
     says(finding, WARNING, "could not be looked at by rank 0 (FileNotFoundError")
+    with mock.patch("os.statvfs", side_effect=lambda path: time.sleep(5.0)):
+        report = alone(HERE, look(dataclasses.replace(HERE, timeout_s=0.4)))
+    (finding,) = [finding for finding in report.findings if finding.check == "shared memory"]
+    says(finding, WARNING, "could not be looked at by rank 0 (TimeoutError: not finished after 0.2 s)")
     facts = look(HERE)
     del facts["limits"]["files"]
     (finding,) = [finding for finding in alone(HERE, facts).findings if finding.check == "limits"]
@@ -515,7 +519,7 @@ def test_a_rank_that_cannot_get_to_the_others_says_why(monkeypatch):
 def test_ranks_are_named():
     assert ranks_text([3]) == "rank 3"
     assert ranks_text(range(10)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
-    assert TWO.text([1]) == "rank 1 (b)" and ONE.text([1]) == "rank 1"
+    assert TWO.text([1]) == "rank 1 (b)" and TWO.text([5]) == "rank 5" and ONE.text([1]) == "rank 1"
 
 
 def doctor(*arguments):
@@ -525,7 +529,7 @@ def doctor(*arguments):
 def test_this_machine_alone(tmp_path, capsys):
     out = tmp_path / "found.json"
     good = {name: mock.Mock(judge=lambda facts, places, name=name: ok(name), look=lambda here: {}) for name in LOOKS}
-    with mock.patch.dict("distmuon.diagnosing.session.LOOKS", good), mock.patch.object(folder, "_SLOW", 0.0):
+    with mock.patch.dict("distmuon.diagnosing.session.LOOKS", good), mock.patch.multiple(folder, _SLOW=0.0, _ENOUGH=0):
         assert doctor("--folder", str(tmp_path), "--json", str(out), "--device", "cpu") == 0
     told = capsys.readouterr().out
     assert told.startswith("1 rank on 1 machine: ") and "10 ok, 0 warnings, 0 failures" in told

@@ -12,6 +12,9 @@ from distmuon.calibrating.ranks import nodes_of
 from distmuon.comm.group import host
 from distmuon.diagnosing.findings import ranks_text
 
+# Machines that a sentence names
+_TOLD = 3
+
 
 @dataclass(frozen=True)
 class Here:
@@ -65,8 +68,9 @@ class Places:
     def text(self, ranks: Iterable[int]) -> str:
         """Ranks by number, with their machines where there are several."""
         named = list(ranks)
-        machines = dict.fromkeys(self.hosts.get(rank, "?") for rank in named)
-        return ranks_text(named) + (f" ({', '.join(machines)})" if self.several and len(machines) <= 3 else "")
+        machines = dict.fromkeys(self.hosts[rank] for rank in named if rank in self.hosts)
+        told = self.several and 0 < len(machines) <= _TOLD
+        return ranks_text(named) + (f" ({', '.join(machines)})" if told else "")
 
 
 def places_of(nodes: Mapping[int, str], hosts: Mapping[int, str]) -> Places:

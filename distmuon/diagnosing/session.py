@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,6 @@ from distmuon.diagnosing.within import within
 
 Connect = Callable[[torch.device], None]
 """Makes the process group of all ranks, for tensors of a device."""
-
 
 # Where in the source of gloo an error was raised
 _SOURCE = re.compile(r"\[[^\]]*\.(cc|cpp):\d+\]")
@@ -87,9 +87,11 @@ def examine(here: Here, post: Post, connect: Connect) -> Report | None:
 def look(here: Here) -> dict[str, Facts]:
     """What this rank sees by itself, by check; waits for no other rank."""
     found: dict[str, Facts] = {"place": {"node": here.node, "hostname": here.hostname}}
+    # a mount that is gone answers nobody; others hear of it before they give this rank up
+    patience = here.timeout_s / 2
     for name, check in LOOKS.items():
         try:
-            found[name] = check.look(here)
+            found[name] = within(patience, functools.partial(check.look, here))
         except Exception as error:  # what cannot be looked at is a finding too, and others wait for this rank
             found[name] = {"unseen": f"{type(error).__name__}: {error}"}
     return found

@@ -53,7 +53,7 @@ def visit(start, fault, folders=None, timeout_s=20.0, machines=("a", "a", "a")):
     here = Here(rank, SIZE, rank, "cpu", path, timeout_s, node=name, hostname=name)
     store = dist.PrefixStore(f"doctor {start}", default_group().get_group_store())
     # the speed of this machine is not what is tested
-    calm = mock.patch.multiple(compute, _SECONDS=0.0), mock.patch.object(folder, "_SLOW", 0.0)
+    calm = mock.patch.multiple(compute, _SECONDS=0.0), mock.patch.multiple(folder, _SLOW=0.0, _ENOUGH=0)
     slack = mock.patch("distmuon.diagnosing.post._SLACK_S", 1.0)
     with contextlib.ExitStack() as stack:
         for context in (*calm, slack, fault(rank)):
