@@ -55,4 +55,5 @@ def judge(facts: Mapping[int, Facts], places: Places) -> Finding:
     rate = 2e-12 * first["side"] ** 3
     rates = [rate / limit for limit in (max(seconds.values()), min(seconds.values()))]
     fine = " to ".join(f"{one:.3g}" for one in (rates if len(seconds) > 1 else rates[:1])) + " TFLOP/s a rank"
-    return conclude("compute", f"{fine} in {first['dtype']}, {first['side']} x {first['side']}", problems)
+    measured = f"{fine} in {first['dtype']}, {first['side']} x {first['side']}"
+    return conclude("compute", "", problems, measured=measured)

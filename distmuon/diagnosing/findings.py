@@ -43,12 +43,19 @@ class Problem:
     todo: str
 
 
-def conclude(check: str, fine: str, problems: Sequence[Problem]) -> Finding:
-    """One finding of a check: ``fine`` if there are no problems, else all of them, as bad as the worst."""
+def conclude(check: str, fine: str, problems: Sequence[Problem], *, measured: str = "") -> Finding:
+    """One finding of a check: ``fine`` if there are no problems, else all of them, as bad as the worst.
+
+    Args:
+        check: Its name.
+        fine: What was found if there are no problems.
+        problems: What was found else.
+        measured: What is told in both cases, before it.
+    """
     if not problems:
-        return Finding(check, OK, fine)
+        return Finding(check, OK, some([measured, fine]))
     status = max((problem.status for problem in problems), key=_ORDER.index)
-    return Finding(check, status, some(p.found for p in problems), some(p.todo for p in problems))
+    return Finding(check, status, some([measured, *(p.found for p in problems)]), some(p.todo for p in problems))
 
 
 def by_value(values: Mapping[int, T]) -> dict[T, list[int]]:

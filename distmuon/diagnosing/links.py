@@ -136,7 +136,7 @@ def judge(facts: Mapping[int, Facts], places: Places) -> Finding:
         most = max(fact["ranks"] for fact in own.values())
         told.append(f"{link} all-to-all {rates[0]:.3g} GB/s, all-reduce {rates[1]:.3g} GB/s a rank ({most} ranks)")
         problems += _slow(link, own, places)
-    return conclude("links", "; ".join(told) or "one rank has none", problems)
+    return conclude("links", "" if told else "one rank has none", problems, measured="; ".join(told))
 
 
 def _slow(link: str, own: Mapping[int, Facts], places: Places) -> Iterator[Problem]:
