@@ -57,10 +57,22 @@ def _title(report: Report) -> str:
 def _paragraph(finding: Finding, width: int) -> list[str]:
     indent = " " * (_MARK + _NAME)
     first = f"{_MARKS[finding.status]:<{_MARK}}{finding.check:<{_NAME}}"
-    lines = textwrap.wrap(finding.found, width, initial_indent=first, subsequent_indent=indent)
+    lines = _wrap(finding.found, width, first, indent)
     if finding.todo:
-        lines += textwrap.wrap(finding.todo, width, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ")
+        lines += _wrap(finding.todo, width, f"{indent}-> ", f"{indent}   ")
     return lines
+
+
+def _wrap(text: str, width: int, first: str, indent: str) -> list[str]:
+    """Lines that break at blanks alone, so that a path can be copied."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _sum(report: Report) -> str:
