@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distmuon.usage import Parser, UsageError
+from distmuon.usage import Parser, UsageError, in_launch, ranks_to_start
 
 DESCRIPTION = """\
 Measure how long each engine of the orthogonalization takes on this machine, the passes over memory around it, and the
@@ -76,31 +76,26 @@ def parse(arguments: Sequence[str]) -> Arguments:
         "--engines", metavar="NAME,...", help=f"of {', '.join(_ENGINES)}; else those that auto chooses of"
     )
     known = parser.parse_args(list(arguments))
-    in_launch = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    launched = in_launch()
     device = _device(known.device)
     if known.threads is not None and known.threads < 1:
         raise UsageError(f"--threads is {known.threads}, and it counts: give 1 or more.")
     if known.threads is not None and device.type != "cpu":
         raise UsageError(f"--threads is for a CPU, and --device is {device}: drop one of them.")
-    ranks = _ranks(known.ranks, device, in_launch)
-    if device.index is not None and (ranks > 1 or in_launch):
+    ranks = _ranks(known.ranks, device)
+    if device.index is not None and (ranks > 1 or launched):
         raise UsageError(f"--device {device} is one device, and each process takes its own: give {device.type}.")
     # one device has nobody to talk to
-    links = not known.no_links and (device.type == "cpu" or in_launch or _count(device) > 1)
+    links = not known.no_links and (device.type == "cpu" or launched or _count(device) > 1)
     engines, out = _engines(known.engines, device), pathlib.Path(known.out)
-    if os.environ.get("RANK", "0") == "0" or not in_launch:
+    if os.environ.get("RANK", "0") == "0" or not launched:
         _check_writable(out)
-    return Arguments(device, engines, out, ranks, known.threads, links, in_launch)
+    return Arguments(device, engines, out, ranks, known.threads, links, launched)
 
 
-def _ranks(number: int | None, device: torch.device, in_launch: bool) -> int:
-    if number is None:
-        return 1
-    if number < 1:
-        raise UsageError(f"--ranks is {number}, and it counts processes: give 1 or more.")
-    if in_launch:
-        raise UsageError(f"--ranks {number} starts processes, and torchrun has started them already: drop it.")
-    if device.type != "cpu" and number > _count(device):
+def _ranks(given: int | None, device: torch.device) -> int:
+    number = ranks_to_start(given)
+    if given is not None and device.type != "cpu" and number > _count(device):
         raise UsageError(f"--ranks is {number}, and there are {_count(device)} {device.type} devices: give no more.")
     return number
 

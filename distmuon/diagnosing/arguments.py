@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distmuon.diagnosing.places import in_launch
-from distmuon.usage import Parser, UsageError
+from distmuon.usage import Parser, UsageError, ranks_to_start
 
 DESCRIPTION = """\
 Check what goes wrong on clusters before a job does, and say what to do about it:
@@ -70,20 +69,10 @@ def parse(arguments: Sequence[str]) -> Arguments:
     known = parser.parse_args(list(arguments))
     if not 0 < known.timeout < float("inf"):
         raise UsageError(f"--timeout is {known.timeout:g}, and it counts seconds: give more than 0.")
-    ranks = _ranks(known.ranks)
+    ranks = ranks_to_start(known.ranks)
     device = known.device or _device(ranks)
     folder, out = (None if name is None else pathlib.Path(name) for name in (known.folder, known.json))
     return Arguments(ranks, device, folder, known.timeout, out, known.strict)
-
-
-def _ranks(number: int | None) -> int:
-    if number is None:
-        return 1
-    if number < 1:
-        raise UsageError(f"--ranks is {number}, and it counts processes: give 1 or more.")
-    if in_launch():
-        raise UsageError(f"--ranks {number} starts processes, and torchrun has started them already: drop it.")
-    return number
 
 
 def _device(ranks: int) -> str:

@@ -19,11 +19,11 @@ from distmuon.comm.group import default_group
 from distmuon.diagnosing.arguments import Arguments, parse
 from distmuon.diagnosing.findings import FAILURE, OK, Finding
 from distmuon.diagnosing.meeting import UnmetError, meet
-from distmuon.diagnosing.places import Here, in_launch
+from distmuon.diagnosing.places import Here
 from distmuon.diagnosing.post import Post, SilenceError
 from distmuon.diagnosing.report import text, write
 from distmuon.diagnosing.session import Report, alone, examine, look
-from distmuon.usage import UsageError
+from distmuon.usage import UsageError, in_launch
 
 # Of processes that are started here: their start, and of times that ranks may wait for one another
 _START_S, _WAITS = 120.0, 8.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import socket
 from collections.abc import Iterable, Mapping
@@ -41,11 +40,6 @@ class Here:
     launched: bool = False
     node: str = field(default_factory=host)
     hostname: str = field(default_factory=socket.gethostname)
-
-
-def in_launch() -> bool:
-    """Whether a launcher started this process among others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)

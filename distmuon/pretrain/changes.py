@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from distmuon.pretrain.config import Config, flatten
 from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,7 @@ def write_config(path: pathlib.Path, config: Config, step: int) -> None:
         if path.read_bytes() == text.encode():
             return
         path.replace(path.with_name(f"config-until-step-{step}.yaml"))
-    # a run that is killed here leaves all of it or nothing
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, text)
 
 
 def run_name(saved: pathlib.Path) -> str | None:

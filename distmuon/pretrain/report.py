@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 from dataclasses import dataclass, field
 
+from distmuon.pretrain.files import replace_text
 from distmuon.pretrain.metrics import Record, curve
 
 TRAIN_LOSS = "loss_metrics/global_avg_loss"
@@ -51,11 +51,7 @@ class Summary:
 
     def save(self, path: pathlib.Path) -> None:
         """Write the summary as JSON."""
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(
-            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Summary | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import signal
 
+from distmuon.pretrain.files import replace_text
 from distmuon.pretrain.interrupt import Interrupted
 
 RUN_AGAIN = 75
@@ -44,10 +44,7 @@ def leave_note(stop: Interrupted, command: str) -> None:
         "checkpoint": str(stop.checkpoint.absolute()),
         "resume": command,
     }
-    path = stop.checkpoint.parent.parent / FILE
-    temporary = path.with_name(f".{FILE}")
-    temporary.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(stop.checkpoint.parent.parent / FILE, json.dumps(note, indent=2) + "\n")
 
 
 def take_note(run_folder: pathlib.Path) -> None:

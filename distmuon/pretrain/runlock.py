@@ -11,9 +11,7 @@ import time
 from typing import IO
 
 from distmuon.pretrain.errors import UserError
-
-if os.name == "posix":
-    import fcntl
+from distmuon.pretrain.locks import lock
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +77,9 @@ class RunLock:
 def _lock(stream: IO[str]) -> bool:
     """Whether no other process has the lock, which this one has then; true where there are no locks."""
     end = time.monotonic() + _PATIENCE_SECONDS
-    while os.name == "posix":
+    while True:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(stream)
         except BlockingIOError:
             if time.monotonic() > end:
                 return False

@@ -28,6 +28,7 @@ from distmuon.checkpoint.formats.entries import (
     common,
     kept,
     number,
+    read_adamw,
     read_groups,
     read_state,
     step_number,
@@ -139,16 +140,11 @@ def _read_adamw(group: Group) -> list[Entry]:
         "betas": (number(found["beta1"]), number(found["beta2"])),
         "eps": number(found["epsilon"]),
     }
-    entries = []
-    for name, state in zip(group.names, group.states, strict=True):
+    for state in group.states:
         if state:
             # states from before July 2026 have the counter in the group
             state.setdefault("step_dev", found["step"])
-        read = read_state(name, state, _ADAMW_STATE)
-        if read:
-            read["step"] = step_tensor(read["step"])
-        entries.append(Entry(name, group.number, False, settings, read))
-    return entries
+    return read_adamw(group, settings, _ADAMW_STATE)
 
 
 def _muon_group(members: Sequence[Entry]) -> dict[str, Any]:

@@ -185,6 +185,20 @@ def read_state(
     return {ours: present[theirs] for ours, theirs in keys.items()}
 
 
+def read_adamw_state(name: str, state: Mapping[str, Any], keys: Mapping[str, str] = ADAMW_STATE) -> dict[str, Any]:
+    """`read_state` of a parameter on AdamW, its step counter as :class:`torch.optim.AdamW` keeps it."""
+    found = read_state(name, state, keys)
+    return {**found, "step": step_tensor(found["step"])} if found else found
+
+
+def read_adamw(group: Group, settings: dict[str, Any], keys: Mapping[str, str] = ADAMW_STATE) -> list[Entry]:
+    """The parameters of a group on AdamW, of these settings in the keys of this project."""
+    return [
+        Entry(name, group.number, False, settings, read_adamw_state(name, state, keys))
+        for name, state in zip(group.names, group.states, strict=True)
+    ]
+
+
 def complete(entries: Sequence[Entry], advice: str) -> None:
     """Refuse entries of which some have state and others have none.
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from distmuon.checkpoint.formats.entries import (
     ADAMW_KEYS,
-    ADAMW_STATE,
     MUON_STATE,
     Entry,
     Group,
@@ -29,10 +28,10 @@ from distmuon.checkpoint.formats.entries import (
     complete,
     has_keys,
     kept,
+    read_adamw,
     read_groups,
     read_state,
     step_number,
-    step_tensor,
     write_groups,
 )
 from distmuon.checkpoint.formats.settings import QUINTIC, check_built_in_scale, check_muon, repeated
@@ -68,7 +67,10 @@ class KellerJordan:
         for group in read_groups(_merge(state_dicts), names):
             use_muon = group.settings.get("use_muon", True)
             check_keys(group, self.name, _MUON if use_muon else _ADAMW, ("use_muon",))
-            entries.extend(self._read_muon(group, shapes) if use_muon else _read_adamw(group))
+            if use_muon:
+                entries.extend(self._read_muon(group, shapes))
+            else:
+                entries.extend(read_adamw(group, kept(group.settings, *_ADAMW)))
         complete(
             entries,
             "each rank of MuonWithAuxAdam keeps that of its own matrices alone, so pass the state dicts of all ranks "
@@ -138,16 +140,6 @@ class KellerJordan:
         rows, cols = (shape[0], math.prod(shape[1:])) if entry.flatten else shape[-2:]
         ours = lr_scale(resolve_lr_scale(entry.settings.get("adjust_lr_fn")), rows, cols)
         check_built_in_scale(entry, self.name, max(1.0, shape[-2] / shape[-1]) ** 0.5, ours)
-
-
-def _read_adamw(group: Group) -> list[Entry]:
-    entries = []
-    for name, state in zip(group.names, group.states, strict=True):
-        found = read_state(name, state, ADAMW_STATE)
-        if found:
-            found["step"] = step_tensor(found["step"])
-        entries.append(Entry(name, group.number, False, kept(group.settings, *_ADAMW), found))
-    return entries
 
 
 def _scale_setting(name: str, shape: Sequence[int]) -> str:

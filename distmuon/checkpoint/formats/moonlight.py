@@ -29,10 +29,10 @@ from distmuon.checkpoint.formats.entries import (
     has_keys,
     kept,
     number,
+    read_adamw_state,
     read_groups,
     read_state,
     step_number,
-    step_tensor,
     write_groups,
 )
 from distmuon.checkpoint.formats.settings import QUINTIC, check_muon, repeated
@@ -89,9 +89,7 @@ class Moonlight:
                         found["momentum_buffer"] = average
                     entries.append(Entry(name, group.number, True, muon, found, True if self.flattens else None))
                 else:
-                    found = read_state(name, state, _ADAMW_STATE)
-                    if found:
-                        found["step"] = step_tensor(found["step"])
+                    found = read_adamw_state(name, state, _ADAMW_STATE)
                     entries.append(Entry(name, group.number, False, adamw, found))
         return entries
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from distmuon.checkpoint.formats.entries import (
-    ADAMW_STATE,
     Entry,
     Shapes,
     StateDict,
@@ -23,10 +22,10 @@ from distmuon.checkpoint.formats.entries import (
     has_keys,
     kept,
     number,
+    read_adamw,
     read_groups,
     read_state,
     step_number,
-    step_tensor,
     write_groups,
 )
 from distmuon.checkpoint.formats.settings import QUINTIC, check_muon, repeated
@@ -57,13 +56,11 @@ class MuonFsdp2:
             if use_muon:
                 settings |= kept(group.settings, "momentum", "ns_steps")
                 settings |= {"nesterov": True, "ns_coefficients": "quintic", "eps": 1e-7, "adjust_lr_fn": "original"}
+                for name, state in zip(group.names, group.states, strict=True):
+                    found = read_state(name, state, {"momentum_buffer": "m"})
+                    entries.append(Entry(name, group.number, True, settings, found))
             else:
-                settings |= kept(group.settings, "betas", "eps")
-            for name, state in zip(group.names, group.states, strict=True):
-                found = read_state(name, state, {"momentum_buffer": "m"} if use_muon else ADAMW_STATE)
-                if not use_muon and found:
-                    found["step"] = step_tensor(found["step"])
-                entries.append(Entry(name, group.number, use_muon, settings, found))
+                entries += read_adamw(group, settings | kept(group.settings, "betas", "eps"))
         complete(entries, "muon_fsdp2 makes it for all parameters at the beginning, so the file is not whole.")
         return entries
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from distmuon.checkpoint.formats.entries import (
     ADAMW_KEYS,
-    ADAMW_STATE,
     MUON_STATE,
     Entry,
     Group,
@@ -23,9 +22,9 @@ from distmuon.checkpoint.formats.entries import (
     common,
     has_keys,
     kept,
+    read_adamw,
     read_groups,
     read_state,
-    step_tensor,
     write_groups,
 )
 from distmuon.checkpoint.formats.settings import check_muon, repeated
@@ -111,13 +110,7 @@ def _read_adamw(group: Group) -> list[Entry]:
             f"parameter {group.names[0]!r} has weight_decay={found['weight_decay']} in torch.optim.Adam, which "
             "adds it to the gradient: distmuon.Muon decays as AdamW does."
         )
-    entries = []
-    for name, state in zip(group.names, group.states, strict=True):
-        read = read_state(name, state, ADAMW_STATE)
-        if read:
-            read["step"] = step_tensor(read["step"])
-        entries.append(Entry(name, group.number, False, kept(found, *_ADAMW), read))
-    return entries
+    return read_adamw(group, kept(found, *_ADAMW))
 
 
 def _muon_group(members: Sequence[Entry]) -> dict[str, Any]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import shutil
-from typing import IO
 
 from distmuon.pretrain.checkpoint.manifest import sync
 from distmuon.pretrain.checkpoint.names import LOCK, is_final, lock_of, step_of, temporary_step
 from distmuon.pretrain.checkpoint.verify import quick_problem
-
-if os.name == "posix":
-    import fcntl
+from distmuon.pretrain.locks import lock
 
 
 def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -66,7 +62,7 @@ class Writing:
         try:
             # a file system without locks is no reason not to save
             with contextlib.suppress(OSError):
-                _lock(self._lock)
+                lock(self._lock)
             path.mkdir()
         except OSError:
             self.discard()
@@ -119,16 +115,11 @@ def _remove_unlocked(path: pathlib.Path) -> None:
         return
     try:
         with lock_of(path).open("a") as stream:
-            _lock(stream)
+            lock(stream)
             _remove(path)
             lock_of(path).unlink(missing_ok=True)
     except OSError:
         return  # locked, or a disk that will say so when the checkpoint is written
-
-
-def _lock(stream: IO[str]) -> None:
-    if os.name == "posix":
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove(path: pathlib.Path) -> None:
