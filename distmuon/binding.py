@@ -30,7 +30,7 @@ from distmuon.comm.group import (
 from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
-from distmuon.costing import owner_cost, team_costs
+from distmuon.costing import owner_cost, pace_of, team_costs
 from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, nodes_of
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
@@ -41,8 +41,10 @@ from distmuon.pipeline import Pipeline
 from distmuon.plan.boxes import Box
 from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.nodes import Nodes, one_node
+from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import Holding, ParameterSpec
-from distmuon.plan.plan import Plan, build_plan
+from distmuon.plan.plan import Plan
+from distmuon.plan.simulate import GLOO, NCCL
 from distmuon.stats import StepClock
 from distmuon.versions import code_version
 
@@ -229,12 +231,9 @@ def _part(
             found = list(_specs(holdings, fact, options, table, device, nodes, alike))
             specs += found
             planned += [number] * len(found)
-    plan = build_plan(
-        specs,
-        ranks=tuple(facts),
-        bucket_numel=max(1, options.bucket_bytes // options.wire_dtype.itemsize),
-        nodes=nodes,
-    )
+    all_gather = group is not None and prefers_all_gather(group, device)
+    pace = pace_of(table, device, options.wire_dtype.itemsize, NCCL if all_gather else GLOO)
+    plan = plan_step(specs, ranks=tuple(facts), nodes=nodes, bucket_bytes=options.bucket_bytes, pace=pace)
     by_key = {entry.fact.key: entry for entry in mine}
     entries = {number: by_key[key] for number, key in enumerate(keys) if key in by_key}
     rank = own_rank()
@@ -246,7 +245,7 @@ def _part(
             device=device,
             options=options,
             table=table,
-            all_gather=group is not None and prefers_all_gather(group, device),
+            all_gather=all_gather,
             clock=clock,
         ),
         keys=keys,

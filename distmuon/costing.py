@@ -11,11 +11,15 @@ from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_speeds
 from distmuon.numerics.teams import team_recipe
 from distmuon.plan.nodes import Nodes, largest
+from distmuon.plan.pace import Pace
 from distmuon.plan.parameters import TeamCost
+from distmuon.plan.simulate import Transport
 from distmuon.speeds import Link, Speeds
 
 # Teams across nodes grow no further than this
 _MOST = 64
+# Assumed: of a stack of matrices that keeps an accelerator busy, such as eight of 1024 x 1024
+_LEAST_NUMEL = 8 << 20
 
 
 def speeds_of(table: CostTable) -> Speeds:
@@ -74,6 +78,20 @@ def team_costs(
             best = cost
             found.append(TeamCost(size, cost))
     return tuple(found)
+
+
+def pace_of(table: CostTable, device: torch.device, itemsize: int, transport: Transport) -> Pace:
+    """What decides how finely buckets are cut.
+
+    Args:
+        table: Speed of links and memory.
+        device: Where matrices are multiplied.
+        itemsize: Bytes of an element on the wire.
+        transport: How collectives are run.
+    """
+    # a few small matrices leave most of an accelerator idle, of which the table knows nothing
+    least = 1 if device.type == "cpu" else _LEAST_NUMEL
+    return Pace(speeds_of(table), itemsize, transport, least)
 
 
 def teams_run(engine: str) -> bool:

@@ -92,7 +92,9 @@ class Muon(Optimizer):
         compile: Run Newton-Schulz of matrices with a single owner through :func:`torch.compile`;
             ``"reduce-overhead"`` with CUDA graphs.
         bucket_bytes: Bound of the matrices, in ``wire_dtype``, that one rank orthogonalizes together.
-            Temporary memory is a few times this, or one matrix where a matrix is larger.
+            Temporary memory is a few times this, or one matrix where a matrix is larger. Within it buckets are cut
+            finer where more overlap then pays by the cost table; ``float("inf")`` cuts nothing, so that all matrices
+            of a shape are one bucket.
         mesh: A DeviceMesh or process group over which plain parameters are replicated, so that its ranks
             share the work. Inferred when ``params`` is a DistributedDataParallel module; DTensors know
             theirs. Without it, each rank updates its plain parameters alone.
@@ -145,7 +147,7 @@ class Muon(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         compile: bool | str = False,
-        bucket_bytes: int = 64 << 20,
+        bucket_bytes: float = 64 << 20,
         mesh: Mesh | None = None,
         wire_dtype: torch.dtype | None = None,
         replicas: str = "share",

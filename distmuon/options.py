@@ -35,7 +35,7 @@ class Options:
     foreach: bool | None
     fused: bool | None
     compile: bool | str
-    bucket_bytes: int
+    bucket_bytes: float
     wire_dtype: torch.dtype
     replicas: str
     teams: bool
@@ -69,7 +69,7 @@ class Options:
             raise ValueError(f"replicas={self.replicas!r}: it is 'share' or 'repeat'.")
         if self.on_nonfinite not in (None, "raise", "skip"):
             raise ValueError(f"on_nonfinite={self.on_nonfinite!r}: it is 'raise', 'skip' or None.")
-        if self.bucket_bytes < 1:
+        if not self.bucket_bytes >= 1:
             raise ValueError(f"bucket_bytes={self.bucket_bytes}: give the bytes of at least one element.")
         if self.compile and (not self.batched or self.ns_engine in NOT_COMPILED):
             engine = "foreach=False" if not self.batched else f"ns_engine={self.ns_engine!r}"

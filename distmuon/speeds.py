@@ -71,6 +71,7 @@ class Speeds:
         blend: Seconds an element of a shard whose momentum is blended into what travels.
         copy: Seconds an element of a matrix that is packed or unpacked.
         apply: Seconds an element of a shard that is decayed and takes its update.
+        bucket: Seconds that a bucket takes beside what its matrices and bytes do: starts of kernels and copies.
     """
 
     local: Link
@@ -78,9 +79,10 @@ class Speeds:
     blend: float = 0.0
     copy: float = 0.0
     apply: float = 0.0
+    bucket: float = 0.0
 
     def __post_init__(self) -> None:
-        _check({"blend": self.blend, "copy": self.copy, "apply": self.apply})
+        _check({key: getattr(self, key) for key in ("blend", "copy", "apply", "bucket")})
 
     @classmethod
     def parse(cls, found: Mapping[str, Any]) -> Speeds:
@@ -90,7 +92,9 @@ class Speeds:
             ValueError: if something is missing or no number of seconds; names it.
         """
         passes = {key: _seconds(found, "speeds", key) for key in ("blend", "copy", "apply")}
-        return cls(_link(found, "local"), _link(found, "remote"), **passes)
+        # tables from before have none
+        bucket = _seconds(found, "speeds", "bucket") if "bucket" in found else 0.0
+        return cls(_link(found, "local"), _link(found, "remote"), **passes, bucket=bucket)
 
 
 def _link(found: object, name: str) -> Link:

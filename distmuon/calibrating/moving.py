@@ -61,5 +61,5 @@ def fit_moving(found: Findings, device: str, sizes: Sizes, sides: Sizes) -> Movi
         if passes:
             seconds[name] = fit_pass([timing for timing in passes if timing.side in sides.fitted])
             errors[name] = pass_errors([timing for timing in passes if timing.side in sides.held_out], seconds[name])
-    speeds = Speeds(speeds.local, speeds.remote, **seconds)
+    speeds = replace(speeds, **seconds)
     return Moving(speeds, errors, ranks, tuple(link for link in ("local", "remote") if link not in ranks))

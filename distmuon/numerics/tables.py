@@ -127,13 +127,15 @@ def _nearest(device: str) -> str:
 
 
 # By distmuon calibrate --ranks 2 --threads 1 where _FLOAT32 was measured, links by gloo between 2 ranks, rounded (runs
-# differ by a third); between machines a guess, of Ethernet of 10 Gbit/s
+# differ by a third); between machines a guess, of Ethernet of 10 Gbit/s, and of a bucket one too: what a matrix takes
+# on its own beside its products, and a start of each exchange
 _CPU_SPEEDS = Speeds(
     local=Link(2.4e-4, exchange=8e-10, reduce=6e-10, gather=1.1e-9, reduce_extra=6e-4, gather_extra=3e-4),
     remote=Link.of(gigabytes=1.0, latency=5e-4),
     blend=1.4e-9,
     copy=3.3e-10,
     apply=1e-9,
+    bucket=1e-3,
 )
 # GB/s of a GPU each way. Inside a node NVLink of generations 3, 4, 5 (NVIDIA: 600, 900, 1800 GB/s, of both ways), of
 # which collectives are taken to reach 8/9; between nodes an adapter a GPU of 200, 400, 400 Gbit/s (data sheets of DGX
@@ -154,6 +156,8 @@ def _gpu_speeds(device: str) -> Speeds:
         blend=30 * byte,
         copy=4 * byte,
         apply=18 * byte,
+        # assumed: 20 starts of kernels of 5 us
+        bucket=1e-4,
     )
 
 

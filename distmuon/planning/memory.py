@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distmuon.plan.memory import memory
-from distmuon.plan.plan import build_plan
 from distmuon.planning.figures import Prediction
 from distmuon.planning.layouts import KINDS, Layout, make_layout
-from distmuon.planning.specs import Setup, specs_of
+from distmuon.planning.specs import Setup, plan_of, specs_of
 from distmuon.planning.states import InfeasibleError, states_of
 from distmuon.usage import UsageError
 
@@ -85,7 +84,7 @@ def _gib_in_buckets(setup: Setup, size: float) -> float:
     """GiB of states and buffers if buckets were smaller."""
     other = setup.but(bucket_mib=size)
     layout = other.layout
-    plan = build_plan(specs_of(other), ranks=layout.ranks, bucket_numel=other.bucket_numel, nodes=layout.node_ranks)
+    plan = plan_of(other, specs_of(other))
     held = memory(plan, all_gather=other.transport.all_gather)
     states = states_of(other.model, layout)
     return max(states[rank].total + other.itemsize * held[rank].buffers for rank in plan.ranks) / 2**30

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from distmuon.plan.baselines import lower_bound
 from distmuon.plan.memory import memory
-from distmuon.plan.plan import Plan, build_plan
+from distmuon.plan.plan import Plan
 from distmuon.plan.schedule import Schedule
 from distmuon.plan.simulate import Timeline, simulate
 from distmuon.planning.figures import Owned, Prediction, RankFigures, Rival
 from distmuon.planning.rivals import rivals_of
-from distmuon.planning.specs import Setup, specs_of
+from distmuon.planning.specs import Setup, plan_of, specs_of
 from distmuon.planning.states import states_of
 from distmuon.speeds import Link, Speeds
 
@@ -47,7 +47,7 @@ def makespan(setup: Setup) -> Makespan:
     """Plan a step, and simulate it with links and memory that take no time."""
     specs = specs_of(setup)
     layout = setup.layout
-    plan = build_plan(specs, ranks=layout.ranks, bucket_numel=setup.bucket_numel, nodes=layout.node_ranks)
+    plan = plan_of(setup, specs)
     # what teams say to each other is in the costs of the plan; nothing has to wait for its gather
     waves = len(plan.waves)
     at_once = Schedule(begun=(waves,) * waves, settled=(0,) * waves)

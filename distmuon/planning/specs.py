@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from distmuon.costing import owner_cost, team_costs
+from distmuon.costing import owner_cost, pace_of, team_costs
 from distmuon.numerics.recipe import Request
+from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import ParameterSpec
+from distmuon.plan.plan import Plan
 from distmuon.plan.simulate import GLOO, NCCL, Transport
 from distmuon.planning.devices import Device
 from distmuon.planning.layouts import Layout, holder
@@ -38,11 +41,6 @@ class Setup:
     eps: float = 1e-7
 
     @property
-    def bucket_numel(self) -> int:
-        """Most elements that a rank owns of a bucket."""
-        return max(1, int(self.bucket_mib * 2**20) // self.itemsize)
-
-    @property
     def itemsize(self) -> int:
         """Bytes of an element that travels."""
         return self.request.dtype.itemsize
@@ -55,6 +53,14 @@ class Setup:
     def but(self, **changes: object) -> Setup:
         """A copy with other values."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def plan_of(setup: Setup, specs: Sequence[ParameterSpec]) -> Plan:
+    """The plan that the optimizer makes of this."""
+    layout, device = setup.layout, setup.device
+    pace = pace_of(device.table, device.torch_device, setup.itemsize, setup.transport)
+    bound = setup.bucket_mib * 2**20
+    return plan_step(specs, ranks=layout.ranks, nodes=layout.node_ranks, bucket_bytes=bound, pace=pace)
 
 
 def specs_of(setup: Setup) -> list[ParameterSpec]:

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import distmuon
 from distmuon.numerics.costs import CostTable, Rates
-from distmuon.plan.plan import build_plan
 from distmuon.planning.devices import find_device
 from distmuon.planning.layouts import make_layout
 from distmuon.planning.models import of_module
-from distmuon.planning.specs import Setup, specs_of
+from distmuon.planning.specs import Setup, plan_of, specs_of
 from distmuon.speeds import Link, Speeds
 
 FREE = Link(0.0, 0.0, 0.0, 0.0)
+SLOW = Link(0.0, exchange=1e-1, reduce=0.0, gather=0.0)
 # products that take long, so that the matrices which dominate get teams
 TABLE = CostTable("cpu-float32", "made up", (("rational", Rates(1e-9, 1e-3, 1e-3)),), Speeds(FREE, FREE))
 CONFIG = LlamaConfig(
@@ -52,7 +52,11 @@ def waves(plan):
     return [[(bucket.rows, bucket.cols, bucket.parts) for bucket in wave.buckets] for wave in plan.waves]
 
 
-def bound(kind):
+# a link that takes long, so that buckets are cut
+CUT = dataclasses.replace(TABLE, speeds=Speeds(SLOW, SLOW))
+
+
+def bound(kind, table):
     model = module()
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -61,7 +65,7 @@ def bound(kind):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01, cost_table=TABLE)
+    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01, cost_table=table)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -70,16 +74,16 @@ def bound(kind):
     return owners(part.pipeline.plan), waves(part.pipeline.plan)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_owners_teams_and_waves_are_those_of_the_optimizer(kind):
+@pytest.mark.parametrize(("kind", "table"), [("fsdp", TABLE), ("ddp", TABLE), ("fsdp", CUT)])
+def test_owners_teams_and_waves_are_those_of_the_optimizer(kind, table):
     setup = Setup(
         of_module("tiny", module()),
         make_layout(kind, 1, 4),
-        dataclasses.replace(find_device("cpu"), table=TABLE),
+        dataclasses.replace(find_device("cpu"), table=table),
     )
-    plan = build_plan(
-        specs_of(setup), ranks=setup.layout.ranks, bucket_numel=setup.bucket_numel, nodes=setup.layout.node_ranks
-    )
+    plan = plan_of(setup, specs_of(setup))
     assert {parts for _, parts in owners(plan).values()} >= {1, 2}
-    for found in run_ranks(bound, 4, kind):
+    # of four shapes, one of which is cut where that lets more overlap
+    assert len(plan.buckets) == (5 if table is CUT else 4)
+    for found in run_ranks(bound, 4, kind, table):
         assert found == (owners(plan), waves(plan))
