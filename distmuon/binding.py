@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from distmuon.comm.group import (
     prefers_all_gather,
     warm_up,
 )
-from distmuon.comm.layout import LocalLayout, as_dtensor, read_layout
+from distmuon.comm.layout import as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
 from distmuon.costing import owner_cost, pace_of, team_costs
@@ -45,6 +45,7 @@ from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan
 from distmuon.plan.simulate import GLOO, NCCL
+from distmuon.staging import Staging
 from distmuon.stats import StepClock
 from distmuon.versions import code_version
 
@@ -151,7 +152,7 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     alone = [entry for entry in entries if len(entry.fact.layout.ranks) == 1]
     if alone:
         facts = {own_rank(): [entry.fact for entry in alone]}
-        device = alone[0].param.device
+        device = compute_device(_meshes_of(entry.param for entry in alone), alone[0].param.device)
         options.check_table(device)
         table = options.table(device)
         nodes = one_node((own_rank(),))
@@ -247,6 +248,7 @@ def _part(
             table=table,
             all_gather=all_gather,
             clock=clock,
+            staging=Staging.of(device) if _offloaded(mine, device) else None,
         ),
         keys=keys,
         shards=tuple(_shard_numbers(holdings) for holdings, _ in merged.values()),
@@ -272,26 +274,39 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            cost = 0 if request is None else _nanoseconds(name, layout, group["flatten"], request, options)
+            cost = 0
+            if request is not None:
+                device = compute_device(_meshes_of([param]), torch.device(layout.device))
+                cost = _nanoseconds(name, layout.shape, group["flatten"], request, options, device)
             fact = Fact(name, index, use_muon, group["flatten"], iteration, request, settings, cost, layout)
             yield Entry(param, fact)
 
 
-def _nanoseconds(name: str, layout: LocalLayout, flatten: bool, request: Request, options: Options) -> int:
+def _nanoseconds(
+    name: str, shape: tuple[int, ...], flatten: bool, request: Request, options: Options, device: torch.device
+) -> int:
     """Predicted time of one matrix of a parameter."""
-    spec = matrix_spec(name, layout.shape, flatten=flatten)
-    device = torch.device(layout.device)
+    spec = matrix_spec(name, shape, flatten=flatten)
     return owner_cost(spec.rows, spec.cols, device, request, options.table(device))
 
 
+def _offloaded(entries: Sequence[Entry], device: torch.device) -> bool:
+    """Whether matrices are stored on the host and multiplied elsewhere."""
+    stored = {entry.param.device.type for entry in entries if entry.fact.use_muon}
+    return device.type != "cpu" and "cpu" in stored
+
+
 def _meshes(groups: Sequence[Group]) -> Iterator[Mesh]:
+    return _meshes_of(param for group in groups for param in group["params"])
+
+
+def _meshes_of(params: Iterable[Tensor]) -> Iterator[Mesh]:
     seen = set()
-    for group in groups:
-        for param in group["params"]:
-            dtensor = as_dtensor(param)
-            if dtensor is not None and id(dtensor.device_mesh) not in seen:
-                seen.add(id(dtensor.device_mesh))
-                yield dtensor.device_mesh
+    for param in params:
+        dtensor = as_dtensor(param)
+        if dtensor is not None and id(dtensor.device_mesh) not in seen:
+            seen.add(id(dtensor.device_mesh))
+            yield dtensor.device_mesh
 
 
 def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:

@@ -13,6 +13,7 @@ from distmuon.plan.boxes import Box
 from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes
 from distmuon.plan.waves import Wave
+from distmuon.staging import Arrival, Mark, Staging
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Flight:
         matrices: All that this rank owns of it, 1-D; None before they are together and after they are sent.
         scatter: The leg of the updates that is on its way.
         legs: Those that have still to set out.
+        staging: Copies it between host and device, where all that this rank stores of it is on the host.
+        lifted: Where the copies to the device end.
+        home: Updates of own matrices on their way to the host.
     """
 
     wave: Wave
@@ -49,6 +53,9 @@ class Flight:
     matrices: Tensor | None = None
     scatter: tuple[Leg, Transfer] | None = None
     legs: deque[Leg] = field(default_factory=deque)
+    staging: Staging | None = None
+    lifted: Mark | None = None
+    home: Arrival | None = None
 
 
 def in_words(plan: Plan, wave: Wave, direction: str, dtype: torch.dtype, step: int) -> str:

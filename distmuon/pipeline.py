@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import deque
@@ -29,6 +30,7 @@ from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
 from distmuon.plan.schedule import Schedule, schedule
 from distmuon.plan.waves import Wave
+from distmuon.staging import Arrival, Staging
 from distmuon.stats import StepClock
 
 
@@ -49,6 +51,7 @@ class Pipeline:
         clock: Times the phases.
         teams: Those that this rank is in, by size.
         pool: Lends the buffers.
+        staging: Copies between ``device`` and the host; None: no parameter is offloaded to it.
         bytes_sent: Bytes that left this rank in the last step, padding of an all-gather included.
         owner_gradients: Whether a matrix of one owner has its gradient there alone, so that momentum is kept
             there alone too.
@@ -64,6 +67,7 @@ class Pipeline:
     clock: StepClock
     teams: Mapping[int, Team] = field(default_factory=dict)
     pool: BufferPool = field(default_factory=BufferPool)
+    staging: Staging | None = None
     bytes_sent: int = 0
     owner_gradients: bool = False
     _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
@@ -143,6 +147,8 @@ class Pipeline:
             settle(len(self.plan.waves))
         except BaseException:
             self.pool.clear()
+            if self.staging is not None:
+                self.staging.clear()
             raise
 
     def _gather(
@@ -165,11 +171,42 @@ class Pipeline:
         whole = leg.receive_numel == 0
         if whole:
             flight.matrices = kept
-        with self.clock.phase("pack", self.device):
-            self._blend(flight, groups, local, whole=whole)
+        staging = self._staging_of(flight, local)
+        if staging is not None:
+            self._blend_on_host(staging, flight, groups, local, whole=whole)
+        else:
+            with self.clock.phase("pack", self.device):
+                self._blend(flight, groups, local, whole=whole)
         if wave.gathers:
-            flight.gather = self._start(leg, send, receive)
+            with staging.up.inside() if staging is not None else contextlib.nullcontext():
+                flight.gather = self._start(leg, send, receive)
         return flight
+
+    def _staging_of(self, flight: Flight, local: Mapping[int, LocalParameter]) -> Staging | None:
+        """How a wave is copied between host and device; None if any of it is stored on the device."""
+        numbers = {flight.wave.assignments[part.slot].parameter for part in flight.routes.held}
+        if self.staging is not None and all(local[number].param.device.type == "cpu" for number in numbers):
+            flight.staging = self.staging
+        return flight.staging
+
+    def _blend_on_host(
+        self,
+        staging: Staging,
+        flight: Flight,
+        groups: Sequence[Group],
+        local: Mapping[int, LocalParameter],
+        *,
+        whole: bool,
+    ) -> None:
+        """Blend into buffers of the host, and begin to copy these to those of the device."""
+        send, kept, matrices = flight.gather.send, flight.kept, flight.matrices
+        flight.gather.send = staging.take(send.numel(), send.dtype)
+        flight.kept = staging.take(kept.numel(), kept.dtype)
+        flight.matrices = flight.kept if whole else None
+        with self.clock.phase("pack"):
+            self._blend(flight, groups, local, whole=whole)
+        flight.lifted = staging.lift([(flight.gather.send, send), (flight.kept, kept)])
+        flight.gather.send, flight.kept, flight.matrices = send, kept, matrices
 
     def _blend(
         self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
@@ -196,13 +233,15 @@ class Pipeline:
                 outs,
                 momentum=groups[index]["momentum"],
                 nesterov=groups[index]["nesterov"],
-                foreach=self._foreach,
+                foreach=self._foreach(flight),
             )
 
     def _unpack(self, flight: Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
         routes, gather = flight.routes, flight.gather
         self._wait(gather, flight.wave, "gather")
+        if flight.lifted is not None:
+            flight.lifted.join()
         self.pool.give(gather.send)
         if flight.matrices is None:
             with self.clock.phase("unpack", self.device):
@@ -248,9 +287,22 @@ class Pipeline:
         if flight.wave.scatters:
             flight.legs.extend(routes.scatters)
             flight.scatter = self._send(flight)
-        with self.clock.phase("apply", self.device):
-            self._apply(flight, routes.updated, [self._view(flight, part) for part in routes.updated], groups, local)
+        if flight.staging is not None:
+            flight.home = self._lower_own(flight.staging, flight)
+        else:
+            with self.clock.phase("apply", self.device):
+                directions = [self._view(flight, part) for part in routes.updated]
+                self._apply(flight, routes.updated, directions, groups, local)
         self._release(flight)
+
+    def _lower_own(self, staging: Staging, flight: Flight) -> Arrival:
+        """Begin to copy to the host, in one piece, the updates that are at home already."""
+        parts = flight.routes.updated
+        together = self.pool.take(sum(part.box.numel for part in parts), self._dtype, self.device)
+        places = together.split([part.box.numel for part in parts])
+        for place, part in zip(places, parts, strict=True):
+            place.view(part.box.sizes).copy_(self._view(flight, part))
+        return staging.lower(together)
 
     def _send(self, flight: Flight) -> tuple[Leg, Transfer] | None:
         """Start the next leg of the updates, if there is one."""
@@ -272,18 +324,42 @@ class Pipeline:
 
     def _apply_received(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Wait for all legs of the updates and apply what they bring, one while the next is on its way."""
+        self._apply_lowered(flight, groups, local)
         while flight.scatter is not None:
             following = self._send(flight)
             self._release(flight)
             leg, transfer = flight.scatter
-            self._wait(transfer, flight.wave, "update")
             receives = [part for part in leg.receives if part.box.numel]
-            with self.clock.phase("apply", self.device):
-                directions = [packed(transfer.receive, part) for part in receives]
-                self._apply(flight, receives, directions, groups, local)
+            if flight.staging is None:
+                self._wait(transfer, flight.wave, "update")
+                with self.clock.phase("apply", self.device):
+                    directions = [packed(transfer.receive, part) for part in receives]
+                    self._apply(flight, receives, directions, groups, local)
+            else:
+                with flight.staging.down.inside():
+                    self._wait(transfer, flight.wave, "update")
+                    arrival = flight.staging.lower(transfer.receive)
+                with self.clock.phase("apply"):
+                    host = arrival.wait()
+                    self._apply(flight, receives, [packed(host, part) for part in receives], groups, local)
+                flight.staging.give(host)
             self.pool.give(transfer.send)
             self.pool.give(transfer.receive)
             flight.scatter = following
+
+    def _apply_lowered(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
+        """Apply on the host the updates of matrices that this rank owns, where they were copied there."""
+        if flight.staging is None or flight.home is None:
+            return
+        parts, home = flight.routes.updated, flight.home
+        with self.clock.phase("apply"):
+            host = home.wait()
+            places = host.split([part.box.numel for part in parts])
+            directions = [place.view(part.box.sizes) for place, part in zip(places, parts, strict=True)]
+            self._apply(flight, parts, directions, groups, local)
+        flight.staging.give(host)
+        self.pool.give(home.sent)
+        flight.home = None
 
     def _apply(
         self,
@@ -301,12 +377,12 @@ class Pipeline:
             params = [at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
             apply_direction(
                 params,
-                # parameters of FSDP's CPU offload lie elsewhere than matrices are multiplied
+                # some parameters of a wave may be on the host, others on the device
                 [direction_of[part.slot].to(param.device) for part, param in zip(members, params, strict=True)],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 scale=lr_scale(group["adjust_lr_fn"], rows, cols),
-                foreach=self._foreach,
+                foreach=self._foreach(flight),
                 exact=not self.options.batched,
                 tall=rows > cols,
             )
@@ -360,7 +436,6 @@ class Pipeline:
     def _dtype(self) -> torch.dtype:
         return self.options.wire_dtype
 
-    @property
-    def _foreach(self) -> bool:
+    def _foreach(self, flight: Flight) -> bool:
         # on a CPU foreach functions loop over the tensors themselves
-        return self.options.batched and self.device.type != "cpu"
+        return self.options.batched and self.device.type != "cpu" and flight.staging is None

@@ -15,12 +15,16 @@ class BufferPool:
     On a CPU a returned buffer is kept, since fresh memory of the system is slow to touch for the first time;
     elsewhere torch's caching allocator does that, and memory is free for activations between steps.
 
+    Args:
+        pinned: Whether memory of the host is pinned, so that an accelerator copies it while the host goes on.
+
     Attributes:
         lent: Bytes lent at present.
         peak: Most bytes lent at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._kept: list[Tensor] = []
         self._out: dict[int, Tensor] = {}
         self.lent = 0
@@ -40,7 +44,7 @@ class BufferPool:
             self._drop(buffer)
         else:
             self._make_room(numel * dtype.itemsize)
-            buffer = torch.empty(numel, dtype=dtype, device=device)
+            buffer = torch.empty(numel, dtype=dtype, device=device, pin_memory=self._pinned)
         self._out[buffer.data_ptr()] = buffer
         self.lent += buffer.nbytes
         self.peak = max(self.peak, self.lent)
