@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 
-Store: TypeAlias = "dist.Store"  # type: ignore[name-defined]  # torch's stubs leave it out
+from distmuon.comm.board import Board, Word
 
 # Seconds after this rank gave up that make another rank a late one
 _LATE = 1.0
@@ -20,8 +19,8 @@ _LATE = 1.0
 _PATIENCE, _PATIENCE_AFTER_TIMEOUT = 2.0, 10.0
 # After what is waited for in a group that the reader is not in, or does not wait in
 _ELSEWHERE = " (in another group)"
-# Said where nothing is waited for any longer; a key that went would block who is about to read it
-_NOTHING = "nothing"
+# Seconds between two looks at the board: the first, how much longer each time, the longest
+_PAUSE, _MORE, _LONGEST = 0.1, 1.3, 0.5
 
 
 @dataclass(eq=False)
@@ -117,9 +116,9 @@ def _take_back(wait: Wait) -> None:
     """What was told of a wait that ended well holds no more."""
     wait.over = True
     if wait.told:
-        for store in _stores(wait.group):
+        for board in _boards(wait.group):
             with contextlib.suppress(Exception):
-                store.set(_key(dist.get_rank()), _NOTHING)
+                board.take_back(dist.get_rank())
 
 
 def hang_report(patience: float = 2.0) -> str:
@@ -142,18 +141,22 @@ def tell(wait: Wait, patience: float) -> str:
     """Publish what this rank waits for, and put what is heard of the others into a sentence."""
     me, ranks = dist.get_rank(), dist.get_process_group_ranks(wait.group)
     wait.told = True
-    now, heard, answered = _Said(wait.text, wait.seconds), dict[int, _Said](), threading.Event()
+    # of others: what they say, and how long they had waited when this rank told; below 0: they came later
+    now, heard, answered = Word(wait.text, wait.seconds), dict[int, Word](), threading.Event()
     # the store may be gone with the rank that held it, and then answers late or never
     asker = threading.Thread(target=_ask, args=(wait, now, patience, heard, answered), daemon=True)
     asker.start()
     asker.join(patience + 1.0)
     others = {rank: heard[rank] for rank in ranks if rank in heard}
-    late = [rank for rank, said in others.items() if said.what == now.what and said.seconds < -_LATE]
-    same = [rank for rank, said in others.items() if said.what == now.what and rank not in late]
+    alike: dict[str, list[int]] = {}
+    for rank, said in others.items():
+        alike.setdefault(said.what, []).append(rank)
+    late = [rank for rank in alike.get(now.what, []) if others[rank].seconds < -_LATE]
+    same = [rank for rank in alike.pop(now.what, []) if others[rank].seconds >= -_LATE]
     here = [said.seconds for said in others.values() if not said.what.endswith(_ELSEWHERE)]
     silent = [rank for rank in ranks if rank != me and rank not in heard]
     clauses = [f"{_ranks(same)} for the same"] if same else []
-    clauses += [f"rank {rank} for {said.what}" for rank, said in others.items() if said.what != now.what]
+    clauses += [f"{_ranks(there)} for {what}" for what, there in alike.items()]
     found = f"; there wait {', '.join(clauses)}" if clauses else ""
     if silent and not answered.is_set():
         advice = (
@@ -173,44 +176,40 @@ def tell(wait: Wait, patience: float) -> str:
     return f"rank {me} waited {now.seconds:.1f} s in vain for {now.what}{found}; {advice}"
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What a rank waits for, and how long it had waited at the moment in question; below 0: it came later."""
-
-    what: str
-    seconds: float
-
-
-def _ask(wait: Wait, now: _Said, patience: float, heard: dict[int, _Said], answered: threading.Event) -> None:
+def _ask(wait: Wait, now: Word, patience: float, heard: dict[int, Word], answered: threading.Event) -> None:
     with contextlib.suppress(Exception):  # whatever is wrong with the store, the first error is what counts
-        me, ranks, stores = dist.get_rank(), dist.get_process_group_ranks(wait.group), _stores(wait.group)
-        for store, where in zip(stores, ("", _ELSEWHERE), strict=False):
-            store.set(_key(me), f"{now.seconds} {now.what}{where}")
+        me, boards = dist.get_rank(), _boards(wait.group)
+        others = {*dist.get_process_group_ranks(wait.group)} - {me}
+        for board, where in zip(boards, ("", _ELSEWHERE), strict=False):
+            board.say(me, now.seconds, now.what + where)
         if wait.over:  # it came meanwhile, and took nothing back as nothing was said
             _take_back(wait)
-        began = time.monotonic()
-        while len(heard) < len(ranks) - 1 and (passed := time.monotonic() - began) < patience:
-            for rank in ranks:
-                if rank != me and rank not in heard and (said := _hear(rank, stores)) is not None:
-                    heard[rank] = _Said(said.what, said.seconds - passed)
-            time.sleep(0.1)
+        began, pause = time.monotonic(), _PAUSE
+        while len(heard) < len(others) and (passed := time.monotonic() - began) < patience:
+            for rank, said in _hear(boards).items():
+                if rank in others and rank not in heard:
+                    heard[rank] = Word(said.what, said.seconds - passed)
+            time.sleep(pause)
+            pause = min(_MORE * pause, _LONGEST)
         answered.set()
 
 
-def _hear(rank: int, stores: Sequence[Store]) -> _Said | None:
-    """What a rank says, of this group or, if it says nothing of that, of another one."""
-    for store in stores:
-        if store.check([_key(rank)]) and (text := store.get(_key(rank)).decode()) != _NOTHING:
-            seconds, what = text.split(" ", 1)
-            here = store is stores[0] or what.endswith(_ELSEWHERE)
-            return _Said(what if here else what + _ELSEWHERE, float(seconds))
-    return None
+def _hear(boards: Sequence[Board]) -> dict[int, Word]:
+    """What ranks say, of this group or, where they say nothing of that, of another one."""
+    here, *elsewhere = [board.read() for board in boards]
+    away = {
+        rank: said if said.what.endswith(_ELSEWHERE) else Word(said.what + _ELSEWHERE, said.seconds)
+        for words in elsewhere
+        for rank, said in words.items()
+    }
+    return {**away, **here}
 
 
-def _stores(group: dist.ProcessGroup) -> list[Store]:
+def _boards(group: dist.ProcessGroup) -> list[Board]:
     """Where ranks tell: the store of the group, and that of the job for those who wait in another group."""
     world = dist.group.WORLD
-    return [group.get_group_store(), *([world.get_group_store()] if world is not None and world is not group else [])]
+    groups = [group, *([world] if world is not None and world is not group else [])]
+    return [Board(one.get_group_store(), one.size()) for one in groups]
 
 
 def is_up(group: dist.ProcessGroup) -> bool:
@@ -221,12 +220,16 @@ def is_up(group: dist.ProcessGroup) -> bool:
         return False
 
 
-def _key(rank: int) -> str:
-    return f"distmuon/waits/{rank}"
-
-
 def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    """As in "ranks 0, 2, 5 to 9"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    short = [f"{run[0]} to {run[-1]}" if len(run) > 3 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(short)}"
 
 
 def _first_line(error: Exception) -> str:

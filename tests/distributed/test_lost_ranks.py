@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import distmuon
+from distmuon.comm.board import Board
 from distmuon.comm.exchange import Transfer
 from distmuon.comm.verify import checksums
 from distmuon.comm.waiting import Wait, forget, remember, tell, waiting
@@ -185,8 +186,7 @@ def watched():
 
 def says(group):
     """Whether this rank tells the others of a group that it waits."""
-    store, key = group.get_group_store(), f"distmuon/waits/{dist.get_rank()}"
-    return store.check([key]) and store.get(key) != b"nothing"
+    return dist.get_rank() in Board(group.get_group_store(), group.size()).read()
 
 
 def test_a_watch_tells_of_what_the_host_does_not_wait_for(three):
