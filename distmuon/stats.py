@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 if TYPE_CHECKING:
     from distmuon.pipeline import Pipeline
@@ -19,7 +20,8 @@ PHASES = ("agree", "pack", "wire", "ns", "unpack", "apply", "wait", "adamw")
 class StepClock:
     """Times the phases of a step; switched off it costs nothing and waits for nothing.
 
-    On an accelerator phases are marked by events in the current stream, and read when they are asked for.
+    On an accelerator phases are marked by events in the current stream, and read when they are asked for. Each is a
+    range ``distmuon/NAME`` of :mod:`torch.profiler` too.
 
     Args:
         enabled: Whether to time at all.
@@ -59,6 +61,11 @@ class StepClock:
 
     @contextmanager
     def _timed(self, name: str, device: torch.device | None) -> Iterator[None]:
+        with record_function(f"distmuon/{name}"), self._clocked(name, device):
+            yield
+
+    @contextmanager
+    def _clocked(self, name: str, device: torch.device | None) -> Iterator[None]:
         if device is None or device.type == "cpu":
             began = time.perf_counter()
             yield
@@ -75,5 +82,6 @@ def step_stats(clock: StepClock, pipelines: Sequence[Pipeline]) -> dict[str, flo
     """The numbers of the last step under the names that logs use."""
     stats = {f"optim/{name}_ms": value for name, value in clock.milliseconds().items()}
     stats["optim/bytes_sent"] = float(sum(pipeline.bytes_sent for pipeline in pipelines))
+    stats["optim/buckets"] = float(sum(len(pipeline.plan.buckets) for pipeline in pipelines))
     stats["optim/imbalance"] = max((pipeline.plan.imbalance for pipeline in pipelines), default=1.0)
     return stats

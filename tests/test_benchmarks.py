@@ -5,7 +5,9 @@ import functools
 import inspect
 import json
 import math
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -477,3 +479,24 @@ def test_a_whole_run(tmp_path):
         if ours["sent_bytes"] is not None:
             assert ours["sent_bytes"] >= ours["least_bytes"]
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_overlap_between_two_hosts(tmp_path):
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("network namespaces need root, ip and tc")
+    command = [sys.executable, str(BENCHMARKS / "overlap.py"), "--model", "tiny", "--rounds", "2", "--rate", "200mbit"]
+    outputs = ["--json", str(tmp_path / "overlap.json"), "--png", str(tmp_path / "overlap.png")]
+    done = subprocess.run([*command, *outputs], capture_output=True, text=True, timeout=240)
+    if "permits no namespaces" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads((tmp_path / "overlap.json").read_text())["ranks"]
+    assert len(ranks) == 2
+    for rank in ranks:
+        # nothing is cut, so that nothing of a shape overlaps, and the table that knows the slow cable cuts no less
+        counts = list(rank["buckets"].values())
+        assert counts == sorted(counts)
+        assert counts[0] == 3
+        for spans in rank["spans"].values():
+            assert {name for name, _, _ in spans} >= {"distmuon/ns", "distmuon/wait", "gloo:all_to_all"}
+    assert (tmp_path / "overlap.png").stat().st_size > 10_000

@@ -127,11 +127,11 @@ def _nearest(device: str) -> str:
 
 
 # By distmuon calibrate --ranks 2 --threads 1 where _FLOAT32 was measured, links by gloo between 2 ranks, rounded (runs
-# differ by a third); between machines a guess, of Ethernet of 10 Gbit/s, and of a bucket one too: what a matrix takes
+# differ by a third); between machines a guess, of Ethernet of 1 Gbit/s, and of a bucket one too: what a matrix takes
 # on its own beside its products, and a start of each exchange
 _CPU_SPEEDS = Speeds(
     local=Link(2.4e-4, exchange=8e-10, reduce=6e-10, gather=1.1e-9, reduce_extra=6e-4, gather_extra=3e-4),
-    remote=Link.of(gigabytes=1.0, latency=5e-4),
+    remote=Link.of(gigabytes=0.125, latency=5e-4),
     blend=1.4e-9,
     copy=3.3e-10,
     apply=1e-9,
