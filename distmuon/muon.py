@@ -329,8 +329,8 @@ class Muon(Optimizer):
 
         Returns:
             Milliseconds ``optim/{agree,pack,wire,ns,unpack,apply,wait,adamw}_ms``, where ``wire`` is spent on
-            starting transfers and ``wait`` on waiting for them; ``optim/bytes_sent`` by this rank; and
-            ``optim/imbalance``, cost of the busiest rank over the mean.
+            starting transfers and ``wait`` on waiting for them; ``optim/bytes_sent`` by this rank;
+            ``optim/buckets``, how many of them; and ``optim/imbalance``, cost of the busiest rank over the mean.
         """
         if not self._clock.enabled or self._binding is None:
             return {}
