@@ -1,0 +1,70 @@
+"""The Trainer of transformers computes what its loop computes by hand on one process."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate_cases import alone
+from trainer_cases import RATES, STEPS, by_hand, small_model, trained
+
+import distmuon
+
+
+def assert_same(found, wanted, tolerance=0.0):
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("how", ["factory", "object"])
+def test_one_process_and_resumed(tmp_path, how):
+    """Accumulation, clipping, warm-up and schedule."""
+    with alone():
+        weights, log, _, _ = trained(tmp_path, how)
+        again = trained(tmp_path, how, f"checkpoint-{STEPS // 2}")
+    wanted, losses = by_hand(1, how)
+    assert_same(weights, wanted, 1e-6)
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert_same(again[0], weights)
+
+
+def test_two_processes_and_resumed(pool, tmp_path):
+    wanted, losses = by_hand(2, "factory")
+    found = pool.run(trained, tmp_path, "factory")
+    again = pool.run(trained, tmp_path, "factory", f"checkpoint-{STEPS // 2}")
+    for (weights, log, owners, _), resumed in zip(found, again, strict=True):
+        assert_same(weights, wanted, 1e-5)
+        assert owners == {0, 1}
+        assert_same(resumed[0], weights)
+    assert [entry["loss"] for entry in found[0][1]] == pytest.approx(losses, rel=1e-4)
+
+
+def test_metrics(tmp_path):
+    with alone():
+        _, log, _, _ = trained(tmp_path, "factory")
+    assert len(log) == STEPS
+    report = distmuon.Muon(small_model(), **RATES).report()
+    scales = [row.lr / RATES["lr"] for row in report.rows if row.algorithm == "muon"]
+    for entry in log:
+        # the rate of the step itself, as the Trainer logs it
+        assert entry["lr/muon"] == entry["learning_rate"]
+        assert entry["lr/adamw"] == pytest.approx(entry["lr/muon"] / 4)
+        assert entry["lr/muon_effective_min"] == pytest.approx(entry["lr/muon"] * min(scales))
+        assert entry["lr/muon_effective_max"] == pytest.approx(entry["lr/muon"] * max(scales))
+        assert entry["optim/skipped_steps"] == 0
+        assert entry["optim/ns_ms"] >= 0
+    assert max(entry["lr/muon"] for entry in log) == RATES["lr"]
+
+
+def test_the_plain_class_says_what_to_do(tmp_path):
+    """The Trainer gives it groups of bare parameters."""
+    from transformers import Trainer, TrainingArguments
+
+    with alone():
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        trainer = Trainer(small_model(), arguments, optimizer_cls_and_kwargs=(distmuon.Muon, dict(RATES)))
+        with pytest.raises(ValueError, match="bare parameters"):
+            trainer.create_optimizer()
