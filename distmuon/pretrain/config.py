@@ -45,7 +45,7 @@ class OptimConfig:
             parameter, skip leaves the step out and counts it; both before anything is updated. null: nobody looks.
         verify_exchange: For debugging: compare checksums of what matrices and updates send between processes.
         adjust_lr_fn: How Muon's step is scaled to a matrix's shape: match_rms_adamw lets Muon use
-            AdamW's learning rates; original is Jordan's.
+            AdamW's learning rates; original is Jordan's; spectral and none are told in docs/learning_rates.md.
         betas: Averaging coefficients of AdamW.
         eps: Term added to AdamW's denominator.
         grad_clip: Largest global gradient norm; 0: off.
@@ -69,7 +69,7 @@ class OptimConfig:
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     on_nonfinite: Literal["raise", "skip"] | None = "raise"
     verify_exchange: bool = False
-    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    adjust_lr_fn: Literal["match_rms_adamw", "original", "spectral", "none"] = "match_rms_adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     grad_clip: float = 1.0
