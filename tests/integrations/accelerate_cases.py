@@ -17,6 +17,16 @@ import distmuon
 STEPS, ACCUMULATION, BATCH, MAX_NORM = 4, 2, 4, 0.05
 
 
+@contextlib.contextmanager
+def cpu_as_accelerator():
+    """Without a GPU accelerate does not shard, unless it takes the CPU for one."""
+    with (
+        mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu"),
+        mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)),
+    ):
+        yield
+
+
 def accelerator_of(kind, **settings):
     AcceleratorState._reset_state(True)
     if kind != "fsdp2":

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate_cases import alone
-from trainer_cases import RATES, STEPS, by_hand, small_model, trained
+from trainer_cases import RATES, STEPS, by_hand, small_model, trained, trained_sharded
 
 import distmuon
 
@@ -31,13 +31,16 @@ def test_one_process_and_resumed(tmp_path, how):
     assert_same(again[0], weights)
 
 
-def test_two_processes_and_resumed(pool, tmp_path):
+@pytest.mark.parametrize(("train", "kind"), [(trained, "MULTI_CPU"), (trained_sharded, "FSDP")])
+def test_two_processes_and_resumed(pool, tmp_path, train, kind):
     wanted, losses = by_hand(2, "factory")
-    found = pool.run(trained, tmp_path, "factory")
-    again = pool.run(trained, tmp_path, "factory", f"checkpoint-{STEPS // 2}")
-    for (weights, log, owners, _), resumed in zip(found, again, strict=True):
+    found = pool.run(train, tmp_path, "factory")
+    again = pool.run(train, tmp_path, "factory", f"checkpoint-{STEPS // 2}")
+    for (weights, _, owners, distributed), resumed in zip(found, again, strict=True):
+        assert distributed == kind
+        # the replicas of DDP share the work
+        assert owners == ({0, 1} if kind == "MULTI_CPU" else set())
         assert_same(weights, wanted, 1e-5)
-        assert owners == {0, 1}
         assert_same(resumed[0], weights)
     assert [entry["loss"] for entry in found[0][1]] == pytest.approx(losses, rel=1e-4)
 

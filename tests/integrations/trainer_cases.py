@@ -1,10 +1,12 @@
 """What ranks run by the Trainer of transformers, and the same by hand on one process."""
 
-import os
+import contextlib
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate_cases import cpu_as_accelerator
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import distmuon
@@ -34,7 +36,6 @@ def samples():
 
 
 def trainer_of(folder, how, **settings):
-    AcceleratorState._reset_state(True)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -46,9 +47,9 @@ def trainer_of(folder, how, **settings):
         warmup_steps=2,
         logging_steps=1,
         save_steps=STEPS // 2,
-        use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=False,
         **settings,
     )
     model = small_model()
@@ -59,13 +60,23 @@ def trainer_of(folder, how, **settings):
     return Trainer(model, arguments, train_dataset=samples(), callbacks=[MuonMetrics()], **given)
 
 
-def trained(folder, how, checkpoint=None):
+def trained(folder, how, checkpoint=None, *, kind="ddp"):
     """Weights, log, and who orthogonalized; checkpoints are written to a folder, or one of it is gone on from."""
-    trainer = trainer_of(folder, how)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(Path(folder) / checkpoint))
+    AcceleratorState._reset_state(True)
+    with contextlib.ExitStack() as stack:
+        if kind == "ddp":
+            trainer = trainer_of(folder, how, use_cpu=True)
+        else:
+            stack.enter_context(cpu_as_accelerator())
+            trainer = trainer_of(folder, how, fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP"})
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(Path(folder) / checkpoint))
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     owners = {*trainer.optimizer.optimizer.owners().values()}
-    return weights(trainer.model), log, owners, os.environ.get("WORLD_SIZE")
+    return weights(trainer.model), log, owners, trainer.accelerator.distributed_type.name
+
+
+def trained_sharded(folder, how, checkpoint=None):
+    return trained(folder, how, checkpoint, kind="fsdp2")
 
 
 def by_hand(processes, how):
@@ -104,4 +115,5 @@ def _without_decay_of_vectors(model):
 
 
 def weights(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
+    found = {name: param.detach() for name, param in model.named_parameters()}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in found.items()}
