@@ -22,11 +22,12 @@ run_and_requeue() {
     show "$@"
     exit 0
   fi
-  local code=0 starts="${SLURM_RESTART_COUNT:-0}" note checkpoint note_before checkpoint_before
+  local code=0 starts="${SLURM_RESTART_COUNT:-0}" note checkpoint note_before checkpoint_before began
+  began="$(date +%s)"
   read -r note_before checkpoint_before <<<"$(run_state)"
   "$@" || code=$?
   ((code != 0)) || exit 0
-  read -r note checkpoint <<<"$(run_state)"
+  read -r note checkpoint <<<"$(run_state --tell "$began")"
   if [[ "$note" != "$note_before" && "$note" != - ]] || ((code == 75)); then
     requeue "a signal came, and the state is saved as $checkpoint"
   fi
@@ -40,8 +41,9 @@ run_and_requeue() {
   exit "$code"
 }
 
+# --tell TIME says on stderr, too, what ended the start of that time.
 run_state() {
-  "$PYTHON" "$ROOT/launch/_state.py" "${TRAINER[@]:2}"
+  "$PYTHON" "$ROOT/launch/_state.py" "$@" "${TRAINER[@]:2}"
 }
 
 requeue() {

@@ -2,7 +2,8 @@
 
 Prints two words about the run that ``--resume auto`` would go on with. First its ``interrupted.json``, with what tells
 it from a later one of the same words, or ``-`` if there is none, or if a person stopped the run. Then its last
-checkpoint, or ``-``.
+checkpoint, or ``-``. With ``--tell TIME`` before the arguments, the first cause of what has failed since then goes to
+standard error, with the file that has more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from distmuon.pretrain.errors import UserError
+from distmuon.pretrain.failures import FILE, read, sentence
 from distmuon.pretrain.parse import parse_command
 
 
@@ -41,6 +43,16 @@ def _folders(arguments: list[str]) -> list[Path]:
     return [numbered[number] for number in sorted(numbered, reverse=True)]
 
 
+def _tell(arguments: list[str], since: float) -> None:
+    """The newest of the files that name a first cause: in the run folders, or beside them before there is one."""
+    log = parse_command(arguments).config.log
+    beside = Path(log.dir) / f"{log.name or 'run'}.{FILE}"
+    files = [path for path in (*(folder / FILE for folder in _folders(arguments)), beside) if path.is_file()]
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is not None and newest.stat().st_mtime >= since and (note := read(newest)) is not None:
+        print(f"first cause: {sentence(note)}; see {newest}", file=sys.stderr)
+
+
 def _note(path: Path) -> str:
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["signal"] not in ("SIGTERM", "SIGUSR1"):
         return "-"
@@ -49,7 +61,11 @@ def _note(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    tells = sys.argv[1:2] == ["--tell"]
+    given = sys.argv[3:] if tells else sys.argv[1:]
     try:
-        print(main(sys.argv[1:]))
+        print(main(given))
+        if tells:
+            _tell(given, float(sys.argv[2]))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -73,6 +73,10 @@ trainer_command() {
 
 # OPTIONS: torchrun's, for logs, restarts and signals.
 torchrun_options() {
+  # each rank's file has what the rank logs, and a line on the terminal the rank of the job, not of the machine
+  export DISTMUON_LOG_ALL="${DISTMUON_LOG_ALL-1}"
+  # shellcheck disable=SC2016 # for torchrun
+  export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-"[rank\${rank}]:"}"
   # shellcheck disable=SC2034,SC2054 # for the scripts that source this; the commas are torchrun's
   OPTIONS=(
     --nproc-per-node="$NGPU"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import rich
 from rich.logging import RichHandler
@@ -16,9 +17,10 @@ from rich.logging import RichHandler
 from distmuon.pretrain.atonce import EndsAtOnce
 from distmuon.pretrain.config import validate
 from distmuon.pretrain.errors import AgreedError, RankLost, UserError
+from distmuon.pretrain.failures import FILE, Failures
 from distmuon.pretrain.interrupt import Interrupted
 from distmuon.pretrain.parse import parse_command
-from distmuon.pretrain.processes import agreed, process_group, rank
+from distmuon.pretrain.processes import agreed, process_group, rank, world_size
 from distmuon.pretrain.progress import wants_bar
 from distmuon.pretrain.requeue import LOST, exit_code, leave_note
 from distmuon.pretrain.run import train
@@ -37,32 +39,56 @@ def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> in
     """
     with EndsAtOnce() as signals:
         try:
-            _train(arguments, prog)
+            _train(arguments, prog, signals)
         except (UserError, RankLost, Interrupted, KeyboardInterrupt) as error:
             # a launcher that sees the first rank end sends SIGTERM to the others
             signals.ignore()
             if "--debug" in arguments or os.environ.get("DISTMUON_DEBUG"):
                 traceback.print_exc()
             return _tell(error, arguments)
+        except Exception:
+            if world_size() == 1:
+                raise
+            signals.ignore()
+            # at once: torchrun takes the rank that ends first for the cause
+            traceback.print_exc()
+            return 1
         signals.ignore()
     return 0
 
 
-def _train(arguments: Sequence[str], prog: str) -> None:
+def _train(arguments: Sequence[str], prog: str, signals: EndsAtOnce) -> None:
     mistake: UserError | None = None
     seconds: float | None = None
+    place: pathlib.Path | None = None
     try:
         command = parse_command(arguments, prog)
         validate(command.config)
         seconds = command.config.parallel.timeout_seconds
+        log = command.config.log
+        place = pathlib.Path(log.dir) / f"{log.name or 'run'}.{FILE}"
     except UserError as error:
         mistake = error
-    with process_group(seconds):
+    failures = Failures(place, signals.ignore)
+    # inside too, as the others fail as soon as this rank leaves the group
+    with _telling(failures), failures, process_group(seconds), failures:
         with agreed():
             if mistake is not None:
                 raise mistake
         _set_up_logging(wants_bar(command.config.log.progress))
         train(command.config, command.resume)
+
+
+@contextlib.contextmanager
+def _telling(failures: Failures) -> Iterator[None]:
+    """A rank that lost another one says what ended that, if it has left word."""
+    try:
+        yield
+    except RankLost as error:
+        cause = failures.elsewhere()
+        if cause is None:
+            raise
+        raise RankLost(f"{error}\nfirst cause: {cause}; see {failures.path}") from error
 
 
 def _tell(error: BaseException, arguments: Sequence[str]) -> int:
@@ -73,7 +99,7 @@ def _tell(error: BaseException, arguments: Sequence[str]) -> int:
         return LOST
     if isinstance(error, UserError):
         if first or not isinstance(error, AgreedError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {'' if first else f'rank {rank()}: '}{error}", file=sys.stderr)
         return 1
     if not isinstance(error, Interrupted):
         if first:
@@ -89,16 +115,23 @@ def _tell(error: BaseException, arguments: Sequence[str]) -> int:
 
 
 def _set_up_logging(bar: bool) -> None:
-    """Messages of the package, of rank 0 alone, to the terminal above the bar, or as plain lines to stdout."""
+    """Messages of the package: of rank 0 to the terminal above the bar, or as plain lines to stdout.
+
+    Of the other ranks errors alone, to stderr; with DISTMUON_LOG_ALL all, where each rank has a file of its own. Lines
+    of more than one rank have time and rank.
+    """
+    every = bool(os.environ.get("DISTMUON_LOG_ALL")) and world_size() > 1
+    tag = f"%(asctime)s rank {rank()}: " if every or rank() > 0 else ""
     handler: logging.Handler
     if rank() > 0:
-        handler = logging.NullHandler()
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setLevel(logging.INFO if every else logging.ERROR)
     elif bar:
         console = rich.get_console()
         handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
     else:
         handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(f"{tag}%(message)s"))
     logger = logging.getLogger("distmuon")
     logger.handlers[:] = [handler]
     # the optimizer's own table of all parameters is in routing.txt

@@ -16,12 +16,15 @@ _LOST = re.compile(
     r"Application timeout caused pair closure"
 )
 
+# Of an exception: the phase that it ended
+_ATTRIBUTE = "_distmuon_phase"
+
 
 @contextlib.contextmanager
 def phase(name: str, step: int | None = None) -> Iterator[None]:
     """A part of a run; a collective that fails in it because of another rank becomes a sentence.
 
-    The innermost phase names itself. With one process it does nothing.
+    The innermost phase names itself, to `failed_in` too. With one process what is raised passes unchanged.
 
     Args:
         name: As it follows "in the".
@@ -32,16 +35,28 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RankLost:
-        raise
     except Exception as error:
-        if not dist.is_initialized() or dist.get_world_size() == 1 or not lost_others(error):
+        if failed_in(error) == (None, None):
+            setattr(error, _ATTRIBUTE, (name, step))
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if isinstance(error, RankLost) or alone or not lost_others(error):
             raise
         where = name if step is None else f"{name} of step {step}"
         raise RankLost(
             f"rank {dist.get_rank()}: in the {where} another rank has probably ended or stalled "
             f"({short_reason(error)}): see what that rank said, and go on from the last checkpoint with --resume auto."
         ) from error
+
+
+def failed_in(error: BaseException) -> tuple[str | None, int | None]:
+    """Name and step of the innermost phase that an exception, or the one that it comes from, has ended."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if hasattr(chain, _ATTRIBUTE):
+            name, step = getattr(chain, _ATTRIBUTE)
+            return name, step
+        chain = chain.__cause__ or chain.__context__
+    return None, None
 
 
 def lost_others(error: BaseException) -> bool:

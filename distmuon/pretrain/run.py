@@ -18,6 +18,7 @@ from distmuon.pretrain.checkpoint import AppState, Saver, load_checkpoint, set_a
 from distmuon.pretrain.config import Config, flatten, validate
 from distmuon.pretrain.data import Corpus, check_vocabulary, open_corpus, train_loader, val_batches
 from distmuon.pretrain.evaluate import Validation, evaluate
+from distmuon.pretrain.failures import Failures, put_aside
 from distmuon.pretrain.finish import make_sample, write_report
 from distmuon.pretrain.flops import flops_per_token, peak_flops
 from distmuon.pretrain.loop import Hooks, Loop, Parts
@@ -83,6 +84,7 @@ def train(config: Config, resume: str | None = None) -> Summary:
             on_first(lambda: _take_note(folder))
             if parts.state.progress["step"] >= parts.plan.steps:
                 return _finished_before(parts, folder, corpus)
+        Failures.settle(folder.path, parts.state.progress)
         on_first(lambda: _prepare_folder(config, parts, folder))
         _announce(parts, folder, corpus)
         _run_loop(parts, folder, corpus)
@@ -92,6 +94,9 @@ def train(config: Config, resume: str | None = None) -> Summary:
 def _take_note(folder: RunFolder) -> None:
     with written(folder.path):
         take_note(folder.path)
+        failure = put_aside(folder.path)
+    if failure is not None:
+        logger.info("the start before has failed: %s", failure)
 
 
 def _check_settings(config: Config) -> None:
