@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import distmuon
 
@@ -55,18 +55,15 @@ def samples(processes):
 def trained(kind, folder, *, epochs=EPOCHS, checkpoint=None):
     """Losses of this rank and weights, and who orthogonalized; it leaves a checkpoint named by its epochs."""
     processes = 1 if kind == "one" else 2
-    strategy = {
-        "one": "auto",
-        "ddp": "ddp",
-        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-    }
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    strategy = {"one": "auto", "ddp": "ddp", "fsdp2": sharded}[kind]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about workers, loggers and folders
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=processes,
-            strategy=strategy[kind],
+            strategy=strategy,
             max_epochs=epochs,
             accumulate_grad_batches=ACCUMULATION,
             gradient_clip_val=MAX_NORM,
@@ -77,7 +74,10 @@ def trained(kind, folder, *, epochs=EPOCHS, checkpoint=None):
             enable_model_summary=False,
         )
         module = Regression()
-        loader = DataLoader(samples(processes), batch_size=BATCH)
+        data = samples(processes)
+        # Lightning's own would shuffle
+        sampler = DistributedSampler(data, shuffle=False) if processes > 1 else None
+        loader = DataLoader(data, batch_size=BATCH, sampler=sampler)
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else Path(folder) / checkpoint)
         if checkpoint is None:
             trainer.save_checkpoint(Path(folder) / f"{epochs}.ckpt")
