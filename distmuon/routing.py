@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distmuon.plan.matrices import matrix_spec
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_OUTERMOST = _WRAPPERS | {"module"}
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -49,10 +50,10 @@ def clean_name(name: str) -> str:
 
     ``module`` is stripped at the front only, where DDP puts it.
     """
-    parts = name.split(".")
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
-    return ".".join(part for part in parts if part not in _WRAPPERS)
+    return ".".join(parts)
 
 
 def route_module(
@@ -72,17 +73,17 @@ def route_module(
         One route a parameter, under its clean name, in the order of ``module.named_parameters()``.
 
     Raises:
-        ValueError: if a glob matches nothing, two globs disagree, or a parameter's matrix axes are not
-            known.
+        ValueError: if a glob matches nothing, two globs disagree, a parameter's matrix axes are not known, or two
+            parameters have one clean name.
     """
     module = _unwrapped(module)
     uses = _uses(module)
     heads = _heads(module, uses)
-    routes = {}
-    for raw_name, param in module.named_parameters():
-        name = clean_name(raw_name)
-        routes[name] = _route_used(name, param, uses[id(param)], head=id(param) in heads)
-    return _apply_globs(routes, dict(_clean(module.named_parameters())), muon_names, adamw_names)
+    params = _by_clean_name(module.named_parameters())
+    routes = {
+        name: _route_used(name, param, uses[id(param)], head=id(param) in heads) for name, param in params.items()
+    }
+    return _apply_globs(routes, params, muon_names, adamw_names)
 
 
 def route_named(
@@ -101,15 +102,15 @@ def route_named(
     Raises:
         ValueError: as :func:`route_module`.
     """
-    params = dict(_clean(named))
+    params = _by_clean_name(named)
     routes = {name: _route_by_name(name, param) for name, param in params.items()}
     return _apply_globs(routes, params, muon_names, adamw_names)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside DDP or torch.compile, whose type and outermost layers the rules look at."""
+    """The model inside DDP, torch.compile or activation checkpointing, whose outermost layers the rules look at."""
     children = dict(module.named_children())
-    while len(children) == 1 and next(iter(children)) in ("module", "_orig_mod"):
+    while len(children) == 1 and next(iter(children)) in _OUTERMOST and not [*module.parameters(recurse=False)]:
         (module,) = children.values()
         children = dict(module.named_children())
     return module
@@ -243,6 +244,15 @@ def _apply_globs(
     return routes
 
 
-def _clean(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, param in named:
-        yield clean_name(name), param
+def _by_clean_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    params: dict[str, Tensor] = {}
+    raw_names: dict[str, str] = {}
+    for raw_name, param in named:
+        name = clean_name(raw_name)
+        if name in params:
+            raise ValueError(
+                f"the parameters {raw_names[name]!r} and {raw_name!r} are both {name!r} without what DDP, FSDP, "
+                "torch.compile and activation checkpointing put into names: call one of the modules otherwise."
+            )
+        params[name], raw_names[name] = param, raw_name
+    return params

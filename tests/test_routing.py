@@ -91,6 +91,7 @@ def test_meta_models_are_routed():
     [
         ("_orig_mod.blocks.0.weight", "blocks.0.weight"),
         ("module.module.a.weight", "a.weight"),
+        ("_orig_mod.module._orig_mod.a.weight", "a.weight"),
         ("a._fsdp_wrapped_module.b._checkpoint_wrapped_module.weight", "a.b.weight"),
         ("blocks.module.weight", "blocks.module.weight"),
         ("weight", "weight"),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distmuon.comm.waiting import waiting
 
@@ -57,6 +58,13 @@ def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
 def as_group(mesh: Mesh) -> ProcessGroup:
     """The process group of a mesh of one axis."""
     return mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
+
+
+def replicas_of(model: object) -> ProcessGroup | None:
+    """The process group of a DistributedDataParallel model, compiled or not; None for anything else."""
+    while isinstance(model, nn.Module) and [name for name, _ in model.named_children()] == ["_orig_mod"]:
+        (model,) = model.children()
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
 
 
 def common_ranks(rank_sets: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

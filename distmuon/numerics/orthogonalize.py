@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from distmuon.numerics.engines.standard import orthogonalize_alone
 from distmuon.numerics.hardware import cpu_cache_bytes
 from distmuon.numerics.kernels.external import gram_newton_schulz
 from distmuon.numerics.normalize import normalize
+from distmuon.numerics.opaque import as_operator
 from distmuon.numerics.rationals import Rational
 from distmuon.numerics.recipe import EXTERNAL, NOT_COMPILED, Coefficients, Recipe, Request, choose
 from distmuon.numerics.workers import spread
@@ -47,6 +49,9 @@ def orthogonalize(
 
     The way is chosen by the shape, dtype and device of a matrix alone, so that it does not matter which others it is
     in a batch with.
+
+    In a function that :func:`torch.compile` traces it is one operator, with or without ``fullgraph=True``, and computes
+    the same bits. Only a ``table``, ``compile`` and a Rational that is no name need a break in the graph.
 
     Args:
         x: Real floating-point matrices of shape ``(m, n)`` or ``(..., m, n)``.
@@ -87,6 +92,37 @@ def orthogonalize(
     dtype = dtype or x.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}: the result takes a floating-point dtype.")
+    asked: dict[str, Any] = {
+        "engine": engine,
+        "steps": steps,
+        "eps": eps,
+        "dtype": dtype,
+        "safety": safety,
+        "restarts": restarts,
+    }
+    if torch.compiler.is_compiling():
+        if table is None and not compile and not isinstance(coefficients, Rational):
+            return _operator(x, coefficients=coefficients, **asked)
+        # one break in the graph here, rather than many further down
+        run = torch.compiler.disable(_orthogonalize)
+        return run(x, coefficients=coefficients, compile=compile, table=table, **asked)
+    return _orthogonalize(x, coefficients=coefficients, compile=compile, table=table, **asked)
+
+
+def _orthogonalize(
+    x: Tensor,
+    *,
+    engine: str,
+    coefficients: Coefficients,
+    steps: int | None,
+    eps: float,
+    dtype: torch.dtype,
+    safety: float | None,
+    restarts: Sequence[int] | None,
+    compile: bool | str = False,
+    table: CostTable | None = None,
+) -> Tensor:
+    """:func:`orthogonalize` where nothing is traced."""
     begins = None if restarts is None else tuple(restarts)
     request = Request(dtype, engine, coefficients, steps, safety, begins, compile)
     recipe = choose(x.size(-2), x.size(-1), x.device, request, table)
@@ -94,6 +130,9 @@ def orthogonalize(
         raise ValueError(f"compile=True is for batches of products, and engine={engine!r} has none: drop one.")
     out = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return orthogonalize_(out, recipe, eps=eps, dtype=dtype, compile=compile)
+
+
+_operator = as_operator(_orthogonalize)
 
 
 @torch.no_grad()
