@@ -10,14 +10,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind
 from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.agree import NonfiniteError
-from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks
+from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks, replicas_of
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.flight import LocalParameter
 from distmuon.groups import (
@@ -184,9 +183,7 @@ class Muon(Optimizer):
         self._clock = StepClock(step_stats)
         self._momentum_is_split = False
         self.skipped_steps = 0
-        if mesh is None and isinstance(params, DistributedDataParallel):
-            mesh = params.process_group
-        self._mesh = mesh
+        self._mesh = replicas_of(params) if mesh is None else mesh
         groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
         check_disjoint(groups)
         defaults = {
