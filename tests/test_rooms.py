@@ -33,6 +33,13 @@ FORBIDDEN = {
         "rich",
         "transformers",
     ),
+    "integrations": (
+        "distmuon.calibrating",
+        "distmuon.diagnosing",
+        "distmuon.planning",
+        "distmuon.pretrain",
+        "torch.distributed",
+    ),
     "planning": ("distmuon.comm", "distmuon.calibrating", "distmuon.diagnosing", "torch.distributed"),
     "": (
         "distmuon.pretrain",
@@ -69,6 +76,14 @@ def test_process_groups_stay_in_their_rooms():
     for path in PACKAGE.rglob("*.py"):
         if not str(path.relative_to(PACKAGE)).startswith(allowed):
             assert not any(name.startswith("torch.distributed") for name in imports(path)), path
+
+
+def test_libraries_of_other_loops_stay_in_their_room():
+    """Nothing of the package needs what a user's loop is written in."""
+    foreign = ("distmuon.integrations", "accelerate", "lightning", "torchtitan")
+    for path in PACKAGE.rglob("*.py"):
+        if not str(path.relative_to(PACKAGE)).startswith("integrations/"):
+            assert not any(f"{name}.".startswith(f"{library}.") for name in imports(path) for library in foreign), path
 
 
 def test_core_imports_torch_alone():
