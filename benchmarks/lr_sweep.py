@@ -20,9 +20,8 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from distmuon.pretrain.data import open_corpus
 Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
 SCALES: tuple[Scale, ...] = ("original", "match_rms_adamw", "spectral", "none")
 # near the best rate at the narrowest width, by a few runs by hand
-FIRST = {"original": 0.04, "match_rms_adamw": 0.02, "spectral": 0.04, "none": 0.04}
+FIRST: dict[Scale, float] = {"original": 0.04, "match_rms_adamw": 0.02, "spectral": 0.04, "none": 0.04}
 ADAMW_LR = 2e-3
 SPREAD_AT_1024 = 0.02
 MAX_EXTENSIONS = 4
@@ -76,23 +75,23 @@ def rates_around(middle: float, reach: int) -> list[float]:
 
 
 def sweep_width(
-    runner: Runner, size: Size, starts: dict[str, float], reach: int, seeds: Sequence[int]
-) -> dict[str, Curve]:
+    runner: Runner, size: Size, starts: Mapping[Scale, float], reach: int, seeds: Sequence[int]
+) -> dict[Scale, Curve]:
     """The losses at one width; more rates are tried while the best one is at the edge.
 
     Args:
         runner: Executes the runs.
         size: Width and steps.
-        starts: The middle of the first rates, by scale.
+        starts: The middle of the first rates, by scale; other scales are left out.
         reach: Rates on each side of it.
         seeds: Seeds of every rate.
 
     Returns:
         By scale.
     """
-    grids = {scale: rates_around(starts[scale], reach) for scale in SCALES}
+    grids = {scale: rates_around(start, reach) for scale, start in starts.items()}
     for extension in range(MAX_EXTENSIONS + 1):
-        wanted = {scale: _runs(size, scale, grids[scale], seeds) for scale in SCALES}
+        wanted = {scale: _runs(size, scale, grid, seeds) for scale, grid in grids.items()}
         runner.run(f"width {size.hidden}", [run for runs in wanted.values() for run in runs])
         curves = {scale: _curve(runner, runs) for scale, runs in wanted.items()}
         edges = {scale: curve.edge for scale, curve in curves.items() if curve.edge is not None}
@@ -114,7 +113,7 @@ def _curve(runner: Runner, runs: Sequence[SweepRun]) -> Curve:
     return Curve(runs[0].scale, runs[0].size.hidden, losses)
 
 
-def sweep(runner: Runner, sizes: Sequence[Size], seeds: Sequence[int], seeds_to: int) -> list[Curve]:
+def sweep(runner: Runner, sizes: Sequence[Size], seeds: Sequence[int], *, seeds_to: int, scales_to: int) -> list[Curve]:
     """All widths in turn, the narrowest first.
 
     Args:
@@ -122,12 +121,14 @@ def sweep(runner: Runner, sizes: Sequence[Size], seeds: Sequence[int], seeds_to:
         sizes: By rising width.
         seeds: Those of the narrow widths; wider ones take the first.
         seeds_to: The largest width that takes all seeds.
+        scales_to: The largest width that takes all scales; wider ones take the first two.
     """
-    starts: dict[str, float] = dict(FIRST)
-    found = []
+    starts: dict[Scale, float] = dict(FIRST)
+    found: list[Curve] = []
     for index, size in enumerate(sizes):
-        reach = 1 if index else 3
-        curves = sweep_width(runner, size, starts, reach, seeds if size.hidden <= seeds_to else seeds[:1])
+        scales = SCALES if size.hidden <= scales_to else SCALES[:2]
+        chosen = {scale: starts[scale] for scale in scales}
+        curves = sweep_width(runner, size, chosen, 1 if index else 3, seeds if size.hidden <= seeds_to else seeds[:1])
         found.extend(curves.values())
         starts = {scale: curve.best_tried for scale, curve in curves.items()}
     return found
@@ -141,6 +142,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--seeds-to", type=int, default=256, help="wider models take the first seed alone")
+    parser.add_argument("--scales-to", type=int, default=512, help="wider models take the first two scales alone")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, default=Path("runs/lr_sweep"), help="folder of the finished runs")
     parser.add_argument("--json", type=Path, help="write the figures here; without it, into the folder")
@@ -153,7 +155,7 @@ def main() -> int:
     sizes = [Size(f"width{width}", width, args.layers, args.steps, 1) for width in sorted(args.widths)]
     runner = Runner(args.out / "runs", args.workers, console)
     try:
-        curves = sweep(runner, sizes, args.seeds, args.seeds_to)
+        curves = sweep(runner, sizes, args.seeds, seeds_to=args.seeds_to, scales_to=args.scales_to)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on with the runs that are missing.")
         return 130
@@ -179,7 +181,7 @@ def main() -> int:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if args.picture:
         draw(curves, args.picture)
-    spent = statistics.fsum(result.seconds for result in runner.results.values())
+    spent = math.fsum(result.seconds for result in runner.results.values())
     console.print(f"{len(runner.results)} runs, {spent:.0f} s of training; wrote {path}.")
     return 0
 

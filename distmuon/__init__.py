@@ -6,6 +6,7 @@ from distmuon.checking.report import CheckReport
 from distmuon.clip import clip_grad_norm_
 from distmuon.comm.waiting import hang_report
 from distmuon.ddp import ddp_hook
+from distmuon.learning_rates import SuggestedRates, suggest_lr
 from distmuon.muon import Muon
 from distmuon.numerics.orthogonalize import orthogonalize
 from distmuon.report import RoutingReport, RoutingRow
@@ -15,10 +16,12 @@ __all__ = [
     "Muon",
     "RoutingReport",
     "RoutingRow",
+    "SuggestedRates",
     "__version__",
     "check",
     "clip_grad_norm_",
     "ddp_hook",
     "hang_report",
     "orthogonalize",
+    "suggest_lr",
 ]

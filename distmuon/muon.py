@@ -28,6 +28,7 @@ from distmuon.groups import (
     expand_group,
     fill_defaults,
 )
+from distmuon.learning_rates import effective_lr
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
@@ -375,6 +376,23 @@ class Muon(Optimizer):
         place_steps(self, fused=self._options.fused)
         if self._options.momentum_dtype is not None:
             restore_momentum(self, state_dict, self._options.momentum_dtype)
+
+    def effective_lr(self, param: Tensor | str) -> float:
+        """The rate that multiplies the update of a parameter, as it is now.
+
+        Args:
+            param: A parameter of this optimizer, or its name.
+
+        Returns:
+            For a matrix ``lr * scale(shape)``, which all singular values of its update are near; the root mean square
+            of its elements is that over ``sqrt(max(rows, cols))``. For what AdamW updates its ``lr``. A tensor ``lr``
+            on an accelerator is read, which waits for the device.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for a parameter or a name that this optimizer does not have.
+        """
+        return effective_lr(self.param_groups, param)
 
     def report(self) -> RoutingReport:
         """What each parameter got and why, with effective learning rates as they are now."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from distmuon.groups import Group, group_names
+from distmuon.learning_rates import group_lr
 from distmuon.numerics.recipe import choose
-from distmuon.numerics.update import lr_scale
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.matrices import matrix_spec
@@ -91,11 +91,8 @@ def build_report(
         for name, param in zip(group_names(group, label), group["params"], strict=True):
             route = routes.get(name)
             reason = route.reason if route is not None else f"{label} says so"
-            lr, matrices = float(group["lr"]), ""
-            if group["use_muon"]:
-                spec = matrix_spec(name, param.shape, flatten=group["flatten"])
-                matrices, lr = str(spec), lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols)
-            algorithm = "muon" if group["use_muon"] else "adamw"
+            lr, spec = group_lr(group, name, param)
+            matrices, algorithm = ("", "adamw") if spec is None else (str(spec), "muon")
             rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
     notes = [*_engine_notes(groups, options, pipelines), *(_plan_note(pipeline) for pipeline in pipelines)]
     return RoutingReport(tuple(rows), tuple(notes))
