@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmuon.comm import norms
+from distmuon.comm.group import Mesh, as_group
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def clip_grad_norm_(
     *,
     owners: Mapping[Tensor, int] | None = None,
     keep_nonfinite: bool = False,
+    stages: Mesh | None = None,
 ) -> Tensor:
     r"""Scale gradients in place so that the norm of all of them together is at most ``max_norm``.
 
@@ -56,6 +58,9 @@ def clip_grad_norm_(
             ranks. Give the same on all ranks. Other plain gradients are taken for replicated.
         keep_nonfinite: Leave gradients as they are if the norm is NaN or infinite, instead of making all of them NaN
             as torch does: so it can still be told which ones were not finite. Does not wait for the device.
+        stages: With pipeline parallelism, the mesh axis or process group that holds one rank of each stage, as
+            ``mesh["pp"]``: the norm then is that of all stages, by one more small all-reduce, and all of them call
+            this. A weight that two stages hold a copy of counts in both.
 
     Returns:
         The norm before clipping, a plain 0-d tensor, equal on all ranks. Over several ranks it is float32, or float64
@@ -75,15 +80,16 @@ def clip_grad_norm_(
         if not tensors and isinstance(parameters, types.GeneratorType):
             warnings.warn("parameters is an empty generator, perhaps a used one: nothing is clipped.", stacklevel=3)
     reduction = norms.plan_reduction(tensors, owners)
-    if reduction is None and not keep_nonfinite:
+    if reduction is None and stages is None and not keep_nonfinite:
         return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+    norm_type = float(norm_type)
     if reduction is None:
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        total = nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite, foreach)
-        nn.utils.clip_grads_with_norm_(tensors, max_norm, _finite(total), foreach)
-        return total
-    norm_type = float(norm_type)
-    total = norms.total_norm(tensors, norm_type, reduction, owners, foreach)
+        total = nn.utils.get_total_norm(gradients, norm_type, foreach=foreach)
+    else:
+        total = norms.total_norm(tensors, norm_type, reduction, owners, foreach)
+    if stages is not None:
+        total = norms.over_stages(total, norm_type, as_group(stages))
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"the norm of order {norm_type} of all gradients is {total.item()}, and error_if_nonfinite=True wants a "

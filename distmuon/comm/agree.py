@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from distmuon.comm.group import from_every_rank, own_rank, sum_over_ranks
+from distmuon.comm.group import device_of, from_every_rank, own_rank, sum_over_ranks
 
 # Parameters of a rank, and ranks, that a message names
 _TOLD = 3
@@ -94,7 +95,38 @@ def raise_on_all(group: dist.ProcessGroup, error: Exception | None) -> None:
     for rank, found in zip(dist.get_process_group_ranks(group), from_every_rank(told, group), strict=True):
         if found is not None:
             kind, text = found
-            raise _KINDS.get(kind, RuntimeError)(f"rank {rank}: {text}") from error
+            # a stage of a pipeline that tells others has agreed among its own ranks before
+            said = text if text.startswith("rank ") else f"rank {rank}: {text}"
+            raise _KINDS.get(kind, RuntimeError)(said) from error
+
+
+@contextlib.contextmanager
+def across_stages(stages: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raise on all stages of a pipeline what any of them raises inside, and nothing before all have ended it.
+
+    Args:
+        stages: One rank of each stage; None: there are no others.
+
+    Raises:
+        NonfiniteError: on all of them, with the same text, if gradients of some hold NaN or an infinity.
+        Exception: on all of them, that of the lowest rank that has another error.
+    """
+    if stages is None:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # whatever it is, the other stages wait to hear of it
+        error = raised
+    stain = error.found if isinstance(error, NonfiniteError) else ""
+    flags = [int(error is not None and not stain), int(bool(stain))]
+    failed, stained = sum_over_ranks(flags, stages, device_of(stages), "the agreement of the stages of the pipeline")
+    if failed:
+        raise_on_all(stages, None if stain else error)
+    if stained:
+        found = list(dict.fromkeys(filter(None, from_every_rank(stain, stages))))
+        raise NonfiniteError("; ".join(found)) from error
 
 
 def check_replicas(

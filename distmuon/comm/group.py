@@ -156,6 +156,12 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     return None
 
 
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where small tensors of a group live: on the host if it reaches that, else on the accelerator."""
+    kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
 def default_group() -> dist.ProcessGroup:
     """The group of all ranks of the job."""
     world = dist.group.WORLD

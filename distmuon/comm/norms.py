@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmuon.comm.group import default_group, distributed, group_of, mesh_ranks
+from distmuon.comm.group import default_group, device_of, distributed, group_of, mesh_ranks
 from distmuon.comm.layout import as_dtensor
 from distmuon.comm.waiting import waiting
 
@@ -124,6 +124,34 @@ def total_norm(
     for param in parameters:
         dtype = torch.promote_types(dtype, param.dtype.to_real() if param.dtype.is_complex else param.dtype)
     return total.to(dtype)
+
+
+def over_stages(total: Tensor, norm_type: float, stages: ProcessGroup) -> Tensor:
+    """The norm of the gradients of all stages of a pipeline, from that of each.
+
+    Args:
+        total: Of this stage, 0-d.
+        norm_type: The order p, positive or infinite.
+        stages: One rank of each stage.
+
+    Returns:
+        On the device of ``total``, float32 or wider.
+
+    Raises:
+        ValueError: for an order that is not positive.
+    """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type={norm_type}: over several ranks, give a positive order or inf.")
+    device = device_of(stages)
+    wide = total.to(device, torch.float64 if device.type in ("cpu", "cuda") else torch.float32)
+    if math.isinf(norm_type):
+        norm = _largest(wide, stages)
+    else:
+        sums = wide**norm_type
+        with waiting(stages, _WAIT):
+            dist.all_reduce(sums, group=stages)
+        norm = sums ** (1.0 / norm_type)
+    return norm.to(total.device, torch.promote_types(total.dtype, torch.float32))
 
 
 def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
