@@ -25,6 +25,9 @@ from distmuon.pretrain.progress import wants_bar
 from distmuon.pretrain.requeue import LOST, exit_code, leave_note
 from distmuon.pretrain.run import train
 
+MESSAGES = "messages.log"
+"""What a rank above 0 logs under torchrun with DISTMUON_LOG_ALL, in the folder of its stdout.log and stderr.log."""
+
 
 def run_command(arguments: Sequence[str], prog: str = "distmuon pretrain") -> int:
     """Run ``pretrain`` with a command line.
@@ -117,23 +120,28 @@ def _tell(error: BaseException, arguments: Sequence[str]) -> int:
 def _set_up_logging(bar: bool) -> None:
     """Messages of the package: of rank 0 to the terminal above the bar, or as plain lines to stdout.
 
-    Of the other ranks errors alone, to stderr; with DISTMUON_LOG_ALL all, where each rank has a file of its own. Lines
-    of more than one rank have time and rank.
+    Of the other ranks errors alone, to stderr; with DISTMUON_LOG_ALL all, beside the error file of torchrun where there
+    is one, as the first rank of each machine may be on a terminal. Lines of more than one rank have time and rank.
     """
     every = bool(os.environ.get("DISTMUON_LOG_ALL")) and world_size() > 1
-    tag = f"%(asctime)s rank {rank()}: " if every or rank() > 0 else ""
-    handler: logging.Handler
+    handlers: list[logging.Handler]
     if rank() > 0:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setLevel(logging.INFO if every else logging.ERROR)
+        handlers = [logging.StreamHandler(sys.stderr)]
+        beside = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        handlers[0].setLevel(logging.INFO if every and not beside else logging.ERROR)
+        if every and beside:
+            with contextlib.suppress(OSError):  # the run needs it not
+                handlers.append(logging.FileHandler(pathlib.Path(beside).with_name(MESSAGES), encoding="utf-8"))
     elif bar:
         console = rich.get_console()
-        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
+        handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)]
     else:
-        handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter(f"{tag}%(message)s"))
+        handlers = [logging.StreamHandler(sys.stdout)]
+    tag = f"%(asctime)s rank {rank()}: " if every or rank() > 0 else ""
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"{tag}%(message)s"))
     logger = logging.getLogger("distmuon")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = handlers
     # the optimizer's own table of all parameters is in routing.txt
     logger.setLevel(logging.WARNING)
     logger.propagate = False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_helpers import LAUNCH, descendants, finish, read, started, tiny_config, wait_for
+from launch_helpers import LAUNCH, ROOT, descendants, finish, read, started, tiny_config, wait_for
 
 from distmuon.pretrain.metrics import read_metrics
 
@@ -44,7 +44,8 @@ def root_cause(terminal: str) -> str:
 
 def test_a_rank_that_raises_is_the_first_cause_everywhere(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(RAISES)
-    settings = {"NGPU": 2, "CONFIG": tiny_config(tmp_path), "LOG_DIR": tmp_path / "logs", "PYTHONPATH": tmp_path}
+    settings: dict[str, object] = {"NGPU": 2, "CONFIG": tiny_config(tmp_path), "LOG_DIR": tmp_path / "logs"}
+    settings["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     log = tmp_path / "terminal"
     with started(SINGLE, log, **settings) as process:
         assert finish(process, log) == 1
@@ -64,9 +65,11 @@ def test_a_rank_that_raises_is_the_first_cause_everywhere(tmp_path: Path) -> Non
     assert "[rank0]:first cause: rank 1 on " in terminal
     # each rank's file has what it logs, with its rank and the time
     for rank in (0, 1):
-        logs = "".join(read(path) for path in (tmp_path / "logs").glob(f"*/attempt_0/{rank}/std*.log"))
+        logs = "".join(read(path) for path in (tmp_path / "logs").glob(f"*/attempt_0/{rank}/*.log"))
         assert re.search(rf"^\d{{4}}-\d\d-\d\d [\d:,]+ rank {rank}: processes   2: dp_shard 2$", logs, re.MULTILINE)
     assert "[rank1]:" not in terminal
+    # a rank that may be on the terminal of its machine keeps its messages in a file of their own
+    assert [path.parent.name for path in (tmp_path / "logs").glob("*/attempt_0/*/messages.log")] == ["1"]
 
 
 def rank_of(pid: int) -> str | None:
