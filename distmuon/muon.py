@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from distmuon.binding import Binding, bind
 from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
-from distmuon.comm.agree import NonfiniteError
+from distmuon.comm.agree import NonfiniteError, across_stages
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks, replicas_of
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.flight import LocalParameter
@@ -98,6 +98,9 @@ class Muon(Optimizer):
         mesh: A DeviceMesh or process group over which plain parameters are replicated, so that its ranks
             share the work. Inferred when ``params`` is a DistributedDataParallel module; DTensors know
             theirs. Without it, each rank updates its plain parameters alone.
+        stages: With pipeline parallelism, the mesh axis or process group that holds one rank of each stage, as
+            ``mesh["pp"]``: a step that one stage leaves out (``on_nonfinite``) or cannot take is left out, or raises,
+            on all. Costs one small all-reduce a step. Without it, each stage decides alone.
         wire_dtype: Dtype of what travels between ranks. None takes ``ns_dtype``, which changes no bit, as
             matrices are rounded to it anyway.
         replicas: ``"share"`` spreads the matrices over the replicas of HSDP and DDP; ``"repeat"`` lets each
@@ -149,6 +152,7 @@ class Muon(Optimizer):
         compile: bool | str = False,
         bucket_bytes: float = 64 << 20,
         mesh: Mesh | None = None,
+        stages: Mesh | None = None,
         wire_dtype: torch.dtype | None = None,
         replicas: str = "share",
         teams: bool = True,
@@ -185,6 +189,7 @@ class Muon(Optimizer):
         self._momentum_is_split = False
         self.skipped_steps = 0
         self._mesh = replicas_of(params) if mesh is None else mesh
+        self._stages = None if stages is None else as_group(stages)
         groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
         check_disjoint(groups)
         defaults = {
@@ -406,19 +411,20 @@ class Muon(Optimizer):
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        clone._mesh = self._mesh  # a process group is shared, not copied
+        clone._mesh, clone._stages = self._mesh, self._stages  # a process group is shared, not copied
         return clone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this on a copy, which lacks what is not pickled, and on itself when it loads a state dict
-        for key, value in {"_binding": None, "_mesh": None, "_momentum_is_split": False, "skipped_steps": 0}.items():
+        lost = {"_binding": None, "_mesh": None, "_stages": None, "_momentum_is_split": False, "skipped_steps": 0}
+        for key, value in lost.items():
             self.__dict__.setdefault(key, value)
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
 
     def _turns(self) -> list[Turn]:
         """What each part does in this step, agreed by all ranks."""
-        with self._clock.phase("agree"):
+        with self._clock.phase("agree"), across_stages(self._stages):
             while True:
                 if self._binding is None:
                     self._rebind()
