@@ -85,8 +85,7 @@ def waiting(group: dist.ProcessGroup, what: str | Callable[[], str]) -> Iterator
         raise
     except RuntimeError as error:
         _LOST.append(wait)
-        patience = _PATIENCE_AFTER_TIMEOUT if "time" in str(error).lower() else _PATIENCE
-        raise RuntimeError(f"{tell(wait, patience)} ({_first_line(error)})") from error
+        raise RuntimeError(in_vain(wait, error)) from error
     else:
         _take_back(wait)
         while _LOST:
@@ -135,6 +134,17 @@ def hang_report(patience: float = 2.0) -> str:
     if not waits:
         return f"rank {dist.get_rank() if dist.is_initialized() else 0} waits for no exchange of distmuon"
     return "\n".join(tell(wait, patience) for wait in waits)
+
+
+def in_vain(wait: Wait, error: Exception) -> str:
+    """Say what was waited for when torch gave up, and who is missing: for groups that are of no use after it.
+
+    Args:
+        wait: What was waited for.
+        error: Torch's, at a time-out or a lost connection.
+    """
+    patience = _PATIENCE_AFTER_TIMEOUT if "time" in str(error).lower() else _PATIENCE
+    return f"{tell(wait, patience)} ({_first_line(error)})"
 
 
 def tell(wait: Wait, patience: float) -> str:

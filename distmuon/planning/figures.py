@@ -142,6 +142,11 @@ class Prediction:
         return max(figures.links for figures in self.ranks)
 
     @property
+    def between(self) -> int:
+        """Bytes that cross between nodes in a step, of all ranks, the talk of teams aside."""
+        return sum(figures.sent[1] for figures in self.ranks)
+
+    @property
     def even(self) -> bool:
         """Whether all ranks have about as much to orthogonalize."""
         return self.busiest.ns <= 1.01 * min(figures.ns for figures in self.ranks)
@@ -185,7 +190,7 @@ class Prediction:
             "training_seconds": self.training,
             "share_of_training_step": self.share,
             "busiest_rank": busiest.rank,
-            "sent_bytes": {"node": sum(r.sent[0] for r in self.ranks), "between": sum(r.sent[1] for r in self.ranks)},
+            "sent_bytes": {"node": sum(r.sent[0] for r in self.ranks), "between": self.between},
             "buffer_bytes": max(r.buffers for r in self.ranks),
             "momentum_bytes": max(r.states.momentum for r in self.ranks),
             "state_bytes": max(r.states.total for r in self.ranks),

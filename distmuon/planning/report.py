@@ -131,6 +131,7 @@ def _step_table(prediction: Prediction, tokens_per_gpu: int) -> Table:
         ("makespan over the lower bound of any plan", f"{p.over_bound:.2f}"),
         ("exposed: exchange, passes over memory, waiting", f"{_ms(p.exposed)} ms"),
         ("the busiest link alone", f"{_ms(p.links)} ms"),
+        ("sent between nodes, all ranks together", f"{_mib(p.between)} MiB"),
         ("matrices owned by teams", teams_text(p)),
         ("weights, gradients and states of a rank, float32", f"{max(r.states.total for r in p.ranks) / 2**30:.1f} GiB"),
         (f"forward and backward of {tokens_per_gpu:,} tokens a rank, at {MFU:.0%} of peak", f"{_ms(p.training)} ms"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from distmuon.comm.waiting import Wait, in_vain
 from distmuon.pretrain.errors import RankLost
 
 # gloo raises plain RuntimeErrors; NCCL and the store have classes of their own
@@ -15,7 +17,8 @@ _LOST = re.compile(
     r"gloo/transport/|gloo/rendezvous/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting|"
     r"Application timeout caused pair closure"
 )
-
+# Errors that have asked the other ranks already
+_IN_VAIN = " in vain for "
 # Of an exception: the phase that it ended
 _ATTRIBUTE = "_distmuon_phase"
 
@@ -24,7 +27,8 @@ _ATTRIBUTE = "_distmuon_phase"
 def phase(name: str, step: int | None = None) -> Iterator[None]:
     """A part of a run; a collective that fails in it because of another rank becomes a sentence.
 
-    The innermost phase names itself, to `failed_in` too. With one process what is raised passes unchanged.
+    The innermost phase names itself, to `failed_in` too, and asks the other ranks through the store who is still
+    there. With one process what is raised passes unchanged.
 
     Args:
         name: As it follows "in the".
@@ -33,6 +37,7 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
     Raises:
         RankLost: If another rank ended or stalled. What is raised for other reasons passes unchanged.
     """
+    began = time.monotonic()
     try:
         yield
     except Exception as error:
@@ -44,8 +49,17 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
         where = name if step is None else f"{name} of step {step}"
         raise RankLost(
             f"rank {dist.get_rank()}: in the {where} another rank has probably ended or stalled "
-            f"({short_reason(error)}): see what that rank said, and go on from the last checkpoint with --resume auto."
+            f"({_who_is_missing(error, where, began)}): see what that rank said, and go on from the last checkpoint "
+            "with --resume auto."
         ) from error
+
+
+def _who_is_missing(error: Exception, where: str, began: float) -> str:
+    """What an exchange of distmuon says of itself; torch's own are asked about here."""
+    world = dist.group.WORLD
+    if _IN_VAIN in str(error) or world is None:
+        return short_reason(error)
+    return _one_line(in_vain(Wait(world, f"others in the {where}", began=began), error))
 
 
 def failed_in(error: BaseException) -> tuple[str | None, int | None]:
@@ -71,7 +85,11 @@ def lost_others(error: BaseException) -> bool:
 
 def short_reason(error: BaseException) -> str:
     """A message of torch or gloo in one line, without places in their sources and advice."""
-    text = re.sub(r"\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*", "", " ".join(str(error).split()))
+    return _one_line(str(error))
+
+
+def _one_line(text: str) -> str:
+    text = re.sub(r"\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*", "", " ".join(text.split()))
     text = re.sub(r"^rank \d+: ", "", text)
     text = re.sub(r"\. This is typically caused by[^)]*", "", text)
     return text.rstrip(".: ")[:600]
