@@ -1,4 +1,4 @@
-"""accelerate_on_cpu.py SCRIPT ARGUMENTS: runs a script in which accelerate shards on the CPU, which it does not else."""
+"""accelerate_on_cpu.py SCRIPT ARGUMENTS: runs a script in which accelerate shards on the CPU, as it does on a GPU."""
 
 import runpy
 import sys
