@@ -10,6 +10,8 @@ from distmuon.learning_rates import SuggestedRates, suggest_lr
 from distmuon.muon import Muon
 from distmuon.numerics.orthogonalize import orthogonalize
 from distmuon.report import RoutingReport, RoutingRow
+from distmuon.wrapped import WrappedMuon
+from distmuon.wrapping import unwrap, wrap
 
 __all__ = [
     "CheckReport",
@@ -17,6 +19,7 @@ __all__ = [
     "RoutingReport",
     "RoutingRow",
     "SuggestedRates",
+    "WrappedMuon",
     "__version__",
     "check",
     "clip_grad_norm_",
@@ -24,4 +27,6 @@ __all__ = [
     "hang_report",
     "orthogonalize",
     "suggest_lr",
+    "unwrap",
+    "wrap",
 ]

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from distmuon.comm.owner_reduce import reduce_to_owners
 from distmuon.muon import Muon
+from distmuon.wrapped import WrappedMuon
 
 
 def ddp_hook(
-    optimizer: Muon,
+    optimizer: Muon | WrappedMuon,
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs leave it out
 ) -> torch.futures.Future[Tensor]:
     """Communication hook of DistributedDataParallel that reduces a matrix's gradient to its owner only.
@@ -32,7 +33,7 @@ def ddp_hook(
     - train in bfloat16 or float32: a ``GradScaler`` looks at gradients of each rank on its own.
 
     Args:
-        optimizer: Over the parameters of the DDP module; the hook's state.
+        optimizer: Over the parameters of the DDP module, wrapped or not; the hook's state.
         bucket: What DDP hands to a hook.
 
     Returns:

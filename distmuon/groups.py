@@ -187,6 +187,16 @@ def check_group(group: Group, label: str, options: Options) -> None:
             matrix_spec(name, param.shape, flatten=group["flatten"])
 
 
+def follow_cycled_betas(groups: Sequence[Group]) -> None:
+    """Take for the momentum of matrices what OneCycleLR and CyclicLR wrote to ``betas``.
+
+    They cycle the first of ``betas`` where an optimizer has any, and ``momentum`` only where it has none.
+    """
+    for group in groups:
+        if group["use_muon"] and "max_momentum" in group:
+            group["momentum"] = group["betas"][0]
+
+
 def check_loaded(groups: Sequence[Group], options: Options) -> None:
     """Refuse a state whose groups ask for an iteration that the optimizer's engine does not run.
 

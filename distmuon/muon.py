@@ -27,6 +27,7 @@ from distmuon.groups import (
     check_loaded,
     expand_group,
     fill_defaults,
+    follow_cycled_betas,
 )
 from distmuon.learning_rates import effective_lr
 from distmuon.numerics.costs import CostTable
@@ -259,22 +260,40 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        follow_cycled_betas(self.param_groups)
+        self._advance()
+        return loss
+
+    @torch.no_grad()
+    def step_beside(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """One step of an optimizer that has another beside it, as that of :func:`distmuon.wrap`.
+
+        Args:
+            groups: What the other one updates. Its gradients count for ``on_nonfinite``, and for whether this is the
+                dummy step of ``torch.distributed.checkpoint``.
+
+        Returns:
+            Whether the step was made; False if ``on_nonfinite="skip"`` left it out, on all ranks.
+        """
+        return self._advance(groups)
+
+    def _advance(self, beside: Sequence[dict[str, Any]] = ()) -> bool:
         self._clock.start()
         try:
-            turns = self._turns()
+            turns = self._turns(beside)
         except NonfiniteError as error:
             if self._options.on_nonfinite != "skip":
                 raise
             self.skipped_steps += 1
             logger.warning("a step is left out: NaN or an infinity in the gradient of %s", error.found)
-            return loss
+            return False
         for turn in turns:
             create_state(turn, self.state, self._options)
             if not turn.idle:
                 self._step_matrices(turn)
                 with self._clock.phase("adamw", turn.part.pipeline.device):
                     step_adamw(turn, self.param_groups, self.state, self._options)
-        return loss
+        return True
 
     def owners(self) -> dict[Tensor, int]:
         """The global rank that orthogonalizes each replicated matrix, by parameter.
@@ -357,6 +376,10 @@ class Muon(Optimizer):
         complete_state(self.param_groups, self.state, self._options)
         return super().state_dict()
 
+    def complete_state(self) -> None:
+        """Make the state that the next steps would, zeros, for all trainable parameters that have none."""
+        complete_state(self.param_groups, self.state, self._options, begun=True)
+
     def load_state_dict(self, state_dict: dict[str, Any], *, changed: str = "error") -> None:
         """Load the state of this class, or of :class:`torch.optim.Muon` over the same groups.
 
@@ -422,14 +445,14 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
 
-    def _turns(self) -> list[Turn]:
+    def _turns(self, beside: Sequence[dict[str, Any]]) -> list[Turn]:
         """What each part does in this step, agreed by all ranks."""
         with self._clock.phase("agree"), across_stages(self._stages):
             while True:
                 if self._binding is None:
                     self._rebind()
                 assert self._binding is not None
-                turns = agree_on_turns(self._binding, self.param_groups, self._options, self.state)
+                turns = agree_on_turns(self._binding, self.param_groups, self._options, self.state, beside)
                 if turns is not None:
                     return turns
                 if any(part.pipeline.owner_gradients for part in self._binding.parts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from distmuon.binding import Binding, Entry, Part
 from distmuon.comm.agree import Agreement, agree, check_replicas, raise_nonfinite
 from distmuon.comm.layout import check_gradient, local_tensor
-from distmuon.groups import Group
+from distmuon.groups import Group, group_names
 from distmuon.numerics.finite import nonfinite
 from distmuon.numerics.update import all_zero
 from distmuon.options import Options
@@ -42,7 +42,11 @@ class Turn:
 
 
 def agree_on_turns(
-    binding: Binding, groups: Sequence[Group], options: Options, state: Mapping[Tensor, Mapping[str, Any]]
+    binding: Binding,
+    groups: Sequence[Group],
+    options: Options,
+    state: Mapping[Tensor, Mapping[str, Any]],
+    beside: Sequence[Mapping[str, Any]] = (),
 ) -> list[Turn] | None:
     """Decide with all ranks what this step is.
 
@@ -51,6 +55,7 @@ def agree_on_turns(
         groups: The parameter groups.
         options: The settings of the optimizer.
         state: Of the optimizer.
+        beside: Groups that another optimizer steps with this one; their gradients are looked at as well.
 
     Returns:
         A turn for each part; None if parameters changed on any rank, so that all have to bind them again.
@@ -68,9 +73,10 @@ def agree_on_turns(
         try:
             looks = [_look(part, state) for part in binding.parts]
             # a step is idle only if it is for all parts
-            zero_rates = all(_is_zero(group["lr"], read=not state) for group in groups)
-            idle = zero_rates and all(map(_gradients_are_zero, binding.parts))
-            stained = [] if options.on_nonfinite is None else _stained(binding.parts)
+            rates = [group["lr"] for group in (*groups, *beside) if group.get("lr") is not None]
+            zero_rates = all(_is_zero(lr, read=not state) for lr in rates)
+            idle = zero_rates and all(map(_gradients_are_zero, binding.parts)) and _others_are_zero(beside)
+            stained = [] if options.on_nonfinite is None else [*_stained(binding.parts), *_stained_beside(beside)]
             for part in binding.parts:
                 _check_promise(part)
         except Exception as raised:  # whatever it is, the other ranks wait to hear of it
@@ -212,6 +218,25 @@ def _stained(parts: Sequence[Part]) -> list[str]:
                 names.append(entry.fact.name)
                 grads.append(local_tensor(entry.param.grad))
     return [name for name, bad in zip(names, nonfinite(grads), strict=True) if bad]
+
+
+def _named_gradients(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """What this rank has of gradients that another optimizer takes."""
+    for index, group in enumerate(groups):
+        names = group_names(dict(group), f"group {index} of the other optimizer")
+        for name, param in zip(names, group["params"], strict=True):
+            if param.grad is not None:
+                grad = local_tensor(param.grad)
+                yield name, grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _others_are_zero(groups: Sequence[Mapping[str, Any]]) -> bool:
+    return all_zero([grad for _, grad in _named_gradients(groups)])
+
+
+def _stained_beside(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    named = list(_named_gradients(groups))
+    return [name for (name, _), bad in zip(named, nonfinite([grad for _, grad in named]), strict=True) if bad]
 
 
 def _owned_elsewhere(part: Part) -> set[int]:

@@ -25,7 +25,7 @@ class RoutingRow:
         name: Its clean name.
         shape: Its global shape.
         matrices: What Muon reads it as, such as ``"8 of 768 x 512"``; empty for AdamW.
-        algorithm: ``"muon"`` or ``"adamw"``.
+        algorithm: ``"muon"``, or ``"adamw"``, or the class of the optimizer that :func:`distmuon.wrap` got.
         reason: Which rule decided.
         lr: The effective learning rate: that of the group times the scale of the matrix shape.
     """
@@ -60,7 +60,9 @@ class RoutingReport:
     def summary(self) -> str:
         """One sentence: parameters and elements on each algorithm."""
         parts = []
-        for algorithm in ("muon", "adamw"):
+        # beside Muon is AdamW, or the optimizer that distmuon.wrap got
+        others = dict.fromkeys(row.algorithm for row in self.rows if row.algorithm != "muon") or ("adamw",)
+        for algorithm in ("muon", *others):
             rows = [row for row in self.rows if row.algorithm == algorithm]
             elements = sum(_numel(row.shape) for row in rows)
             parts.append(f"{algorithm}: {len(rows)} parameters, {elements:,} elements")

@@ -22,14 +22,16 @@ def create_state(turn: Turn, state: dict[Tensor, dict[str, Any]], options: Optio
             state[entry.param].update(_blank_state(entry.param, entry.fact.use_muon, options))
 
 
-def complete_state(groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
-    """Make the state that the next steps would, for all trainable parameters, once training has begun.
+def complete_state(
+    groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options, *, begun: bool = False
+) -> None:
+    """Make the state that the next steps would, for all trainable parameters, once training has ``begun``.
 
     ``torch.distributed.checkpoint`` restores what the optimizer has when it is about to load. It makes that by a dummy
     step, which it leaves out if there is any state or gradient.
     """
     params = [(param, group["use_muon"]) for group in groups for param in group["params"]]
-    if state or any(param.grad is not None for param, _ in params):
+    if begun or state or any(param.grad is not None for param, _ in params):
         for param, use_muon in params:
             if param.requires_grad and not state.get(param):
                 state[param] = _blank_state(param, use_muon, options)

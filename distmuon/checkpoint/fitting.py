@@ -31,6 +31,11 @@ def reset_changed() -> Iterator[None]:
         _RESET.reset(token)
 
 
+def resets(changed: str) -> bool:
+    """Whether parameters that changed may start without state: by the argument, or in :func:`reset_changed`."""
+    return changed == "reset" or _RESET.get()
+
+
 def fit(state_dict: Mapping[str, Any], groups: Sequence[Group], *, changed: str) -> dict[str, Any]:
     """Find the state of each parameter, by name where both sides have names and else by position.
 
@@ -55,7 +60,7 @@ def fit(state_dict: Mapping[str, Any], groups: Sequence[Group], *, changed: str)
             f"{enumerate_differences([repr(key) for key in state_dict])}. In the file of a whole run it is one of the "
             "entries."
         )
-    reset = changed == "reset" or _RESET.get()
+    reset = resets(changed)
     match = find_match(state_dict["param_groups"], state_dict["state"], groups, reset=reset)
     if not reset:
         _refuse_changes(match)

@@ -1,0 +1,170 @@
+"""Which parameters of a user's optimizer go to Muon, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distmuon.groups import Group
+from distmuon.routing import Route, clean_name, route_module
+
+# Settings of a group that its matrices take along
+_TAKEN = ("lr", "weight_decay")
+
+
+@dataclass
+class Origin:
+    """A group of the user's optimizer as it was before its matrices moved.
+
+    Attributes:
+        slots: For each parameter, in order: the number of its group in Muon, None if it stayed, and its place there.
+        names: Clean names in the model; None: the parameter is not the model's.
+        own_names: The ``param_names`` that the user gave.
+        left_out: The group itself if it has nothing left and is out of the user's optimizer for the while.
+    """
+
+    slots: list[tuple[int | None, int]]
+    names: list[str | None]
+    own_names: list[str] | None
+    left_out: Group | None = None
+
+    @property
+    def stayed(self) -> list[str | None]:
+        """Names of what stayed, in order."""
+        return [name for name, (moved, _) in zip(self.names, self.slots, strict=True) if moved is None]
+
+
+@dataclass(frozen=True)
+class Roads:
+    """Where the parameters of a model go, known by identity.
+
+    Attributes:
+        names: Clean names, by ``id`` of the parameter.
+        routes: By clean name.
+    """
+
+    names: Mapping[int, str]
+    routes: Mapping[str, Route]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()) -> Roads:
+        """Those that the rules of :mod:`distmuon.routing` give a model."""
+        routes = route_module(model, muon_names=muon_names, adamw_names=adamw_names)
+        return cls({id(param): clean_name(name) for name, param in model.named_parameters()}, routes)
+
+    def of_param(self, param: Tensor) -> tuple[str | None, Route | None]:
+        """Name and route of a parameter, None for one of elsewhere."""
+        name = self.names.get(id(param))
+        return name, None if name is None else self.routes[name]
+
+
+def divide(group: Group, roads: Roads, first: int, kept: Iterable[str]) -> tuple[Origin, list[Group]]:
+    """Say what of a group moves; nothing is written.
+
+    Args:
+        group: Of the user's optimizer.
+        roads: Of the model.
+        first: The number that the first new group of Muon gets.
+        kept: Which of ``lr`` and ``weight_decay`` Muon's groups do not take from this one.
+
+    Returns:
+        Where the parameters were, and groups for Muon: one of matrices, one of convolutions, or fewer.
+    """
+    found = [roads.of_param(param) for param in group["params"]]
+    kinds = [flatten for flatten in (False, True) if any(_kind(route) is flatten for _, route in found)]
+    numbers = {flatten: first + place for place, flatten in enumerate(kinds)}
+    members: dict[bool | None, list[tuple[str | None, Tensor]]] = {None: [], **{flatten: [] for flatten in kinds}}
+    slots: list[tuple[int | None, int]] = []
+    for param, (name, route) in zip(group["params"], found, strict=True):
+        kind = _kind(route)
+        slots.append((None if kind is None else numbers[kind], len(members[kind])))
+        members[kind].append((name, param))
+    own_names = group.get("param_names")
+    origin = Origin(slots, [name for name, _ in found], None if own_names is None else list(own_names))
+    taken = {key: group.get(key, 0.0) for key in _TAKEN if key not in kept}
+    if "initial_lr" in group and "lr" in taken:
+        taken["initial_lr"] = group["initial_lr"]
+    return origin, [
+        {
+            # a tensor is a setting of its own, which a scheduler fills in place
+            **{key: value.clone() if isinstance(value, Tensor) else value for key, value in taken.items()},
+            "params": members[flatten],
+            "use_muon": True,
+            "flatten": flatten,
+            "name": group.get("name") or ("muon_conv" if flatten else "muon"),
+        }
+        for flatten in kinds
+    ]
+
+
+def take_out(optimizer: Optimizer, origins: Sequence[Origin]) -> list[str]:
+    """Take what moved out of the user's optimizer, with its state; groups without parameters are left out.
+
+    Args:
+        optimizer: Its last groups are those of ``origins``; written.
+        origins: Where parameters were; groups that are left out are noted there.
+
+    Returns:
+        Names of the parameters whose state was dropped.
+    """
+    dropped = []
+    first = len(optimizer.param_groups) - len(origins)
+    for origin, group in zip(origins, optimizer.param_groups[first:], strict=True):
+        stays = [moved is None for moved, _ in origin.slots]
+        for param, name, stayed in zip(group["params"], origin.names, stays, strict=True):
+            if not stayed and optimizer.state.pop(param, None):
+                dropped.append(str(name))
+        # the lists are new: others may hold the old ones
+        group["params"] = _where(group["params"], stays)
+        if origin.own_names is not None:
+            group["param_names"] = _where(origin.own_names, stays)
+        origin.left_out = group if origin.slots and not any(stays) else None
+    left_out = {id(origin.left_out) for origin in origins}
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in left_out]
+    return dropped
+
+
+def put_back(optimizer: Optimizer, origins: Sequence[Origin], moved: Sequence[Group], taken: bool) -> None:
+    """Undo :func:`take_out`: every parameter in its group and place, those that moved without state.
+
+    Args:
+        optimizer: The user's; written.
+        origins: Of all its groups.
+        moved: The groups of Muon. Those that came from no group become new groups.
+        taken: Whether they have the learning rates of the groups that they came from, so that a group that was left
+            out takes theirs, which a schedule may have changed.
+    """
+    present = iter(list(optimizer.param_groups))
+    groups: list[Group] = []
+    used = set()
+    for origin in origins:
+        group = next(present) if origin.left_out is None else origin.left_out
+        params = [(group if number is None else moved[number])["params"][place] for number, place in origin.slots]
+        numbers = [number for number, _ in origin.slots if number is not None]
+        used.update(numbers)
+        if origin.left_out is not None and taken:
+            group.update({key: moved[numbers[0]][key] for key in ("lr", "initial_lr") if key in moved[numbers[0]]})
+        group["params"] = params
+        if origin.own_names is not None:
+            group["param_names"] = list(origin.own_names)
+        groups.append(group)
+    optimizer.param_groups[:] = groups
+    for number, group in enumerate(moved):
+        if number not in used:
+            named = any("param_names" in known for known in groups)
+            params = list(zip(group["param_names"], group["params"], strict=True)) if named else list(group["params"])
+            settings: dict[str, Any] = {key: group[key] for key in _TAKEN if key in optimizer.defaults}
+            optimizer.add_param_group({**settings, "params": params})
+
+
+def _kind(route: Route | None) -> bool | None:
+    """Whether a parameter moves as a convolution; None: it stays."""
+    return route.flatten if route is not None and route.use_muon else None
+
+
+def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    return [item for item, keep in zip(items, chosen, strict=True) if keep]
