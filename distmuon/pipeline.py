@@ -88,7 +88,9 @@ class Pipeline:
             legs = [leg.send_numel + leg.receive_numel for leg in routes.scatters]
             # while one leg is on its way the one before is applied, and the matrices wait for the last one
             pairs = max(map(sum, itertools.pairwise(legs)), default=legs[0])
-            leaving.append(pairs + (routes.owned_numel if len(legs) > 1 else 0))
+            # offloaded updates that are at home already are copied to the host from a buffer of their own
+            lowered = 0 if self.staging is None else sum(part.box.numel for part in routes.updated)
+            leaving.append(pairs + lowered + (routes.owned_numel if len(legs) > 1 else 0))
         most = 0
         for number, own in enumerate(computed):
             begun, settled = self.schedule.begun[number], self.schedule.settled[number]
