@@ -181,7 +181,9 @@ def staged_is_the_same(layout):
     assert len(waves) > 1 and up.begun == stepped * len(waves)
     legs = sum(wave.legs for wave in waves if wave.scatters)
     assert down.begun == stepped * (len(waves) + legs)
-    assert part.pipeline.pool.lent == 0
+    pipeline = part.pipeline
+    assert pipeline.pool.lent == 0
+    assert pipeline.pool.peak <= pipeline.buffer_bytes() and pipeline.staging.pool.peak <= pipeline.buffer_bytes()
 
 
 class Recorder:
