@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate_cases import alone
-from trainer_cases import RATES, STEPS, by_hand, small_model, trained, trained_sharded
+from trainer_cases import RATES, STEPS, Tracker, by_hand, small_model, trained, trained_sharded
 
 import distmuon
 
@@ -31,11 +31,14 @@ def test_one_process_and_resumed(tmp_path, how):
     assert_same(again[0], weights)
 
 
-@pytest.mark.parametrize(("train", "kind"), [(trained, "MULTI_CPU"), (trained_sharded, "FSDP")])
-def test_two_processes_and_resumed(pool, tmp_path, train, kind):
-    wanted, losses = by_hand(2, "factory")
-    found = pool.run(train, tmp_path, "factory")
-    again = pool.run(train, tmp_path, "factory", f"checkpoint-{STEPS // 2}")
+@pytest.mark.parametrize(
+    ("train", "how", "kind"),
+    [(trained, "factory", "MULTI_CPU"), (trained, "object", "MULTI_CPU"), (trained_sharded, "factory", "FSDP")],
+)
+def test_two_processes_and_resumed(pool, tmp_path, train, how, kind):
+    wanted, losses = by_hand(2, how)
+    found = pool.run(train, tmp_path, how)
+    again = pool.run(train, tmp_path, how, f"checkpoint-{STEPS // 2}")
     for (weights, _, owners, distributed), resumed in zip(found, again, strict=True):
         assert distributed == kind
         # the replicas of DDP share the work
@@ -46,9 +49,11 @@ def test_two_processes_and_resumed(pool, tmp_path, train, kind):
 
 
 def test_metrics(tmp_path):
+    Tracker.seen = ()
     with alone():
         _, log, _, _ = trained(tmp_path, "factory")
     assert len(log) == STEPS
+    assert [seen["lr/muon"] for seen in Tracker.seen if "loss" in seen] == [entry["lr/muon"] for entry in log]
     report = distmuon.Muon(small_model(), **RATES).report()
     scales = [row.lr / RATES["lr"] for row in report.rows if row.algorithm == "muon"]
     for entry in log:

@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate_cases import cpu_as_accelerator
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import distmuon
 from distmuon.integrations.transformers import MuonFactory, MuonMetrics
@@ -35,6 +35,15 @@ def samples():
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
+class Tracker(TrainerCallback):
+    """What a tracker that is named after Muon's metrics gets."""
+
+    seen = ()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        Tracker.seen = (*Tracker.seen, dict(logs))
+
+
 def trainer_of(folder, how, **settings):
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -56,8 +65,9 @@ def trainer_of(folder, how, **settings):
     if how == "factory":
         given = {"optimizer_cls_and_kwargs": (MuonFactory, {**RATES, "step_stats": True})}
     else:
-        given = {"optimizers": (distmuon.Muon(model, **RATES), None)}
-    return Trainer(model, arguments, train_dataset=samples(), callbacks=[MuonMetrics()], **given)
+        # None on one process
+        given = {"optimizers": (distmuon.Muon(model, **RATES, mesh=torch.distributed.group.WORLD), None)}
+    return Trainer(model, arguments, train_dataset=samples(), callbacks=[MuonMetrics(), Tracker()], **given)
 
 
 def trained(folder, how, checkpoint=None, *, kind="ddp"):
