@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import distmuon
+from distmuon.numerics.orthogonalize import iterate
 from distmuon.numerics.rationals import RATIONALS
+from distmuon.numerics.recipe import Request, choose
 from tests.distributed.harness import run_ranks
 
 STEPS = 3
@@ -264,6 +266,18 @@ def test_orthogonalize_is_one_operator_of_a_whole_graph(engine):
             assert torch.equal(found, wanted) and found.dtype == wanted.dtype
     with pytest.raises(ValueError, match="unknown"):
         graph(x, engine="nope")
+
+
+@pytest.mark.parametrize("engine", ["composed", "gram"])
+def test_batches_of_the_compiled_step_are_one_graph(engine):
+    torch._dynamo.reset()
+    graph = torch.compile(iterate, dynamic=True, fullgraph=True, backend="eager")
+    for count, rows, cols in ((3, 6, 10), (2, 12, 5)):
+        x = torch.randn(count, rows, cols) / (rows * cols) ** 0.5 / 2
+        request = Request(torch.float32, engine, "quintic", 2, compile=True)
+        recipe = choose(rows, cols, x.device, request, None)
+        assert recipe.batched and recipe.engine == engine
+        assert torch.equal(graph(x, recipe), iterate(x, recipe))
 
 
 def test_the_operator_says_what_it_returns():

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import distmuon
 from distmuon.binding import _offloaded
@@ -234,6 +236,81 @@ def test_a_stream_copies_after_the_main_one_which_goes_on_after_the_copies():
         "event in side",
         "main waits for the event",
     ]
+
+
+class Crossings(TorchDispatchMode):
+    """Notes each operation that has tensors of the host and of the device, numbers aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.on_device = [], []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        kinds = {tensor.device.type for tensor in tensors}
+        if len(kinds) > 1:
+            self.found.append(str(operation))
+        if kinds == {"meta"}:
+            self.on_device.append(str(operation))
+        return result
+
+
+class MetaLane:
+    """Copies between the host and the meta device, which has no numbers: ones come home."""
+
+    def __init__(self):
+        self.bytes = []
+
+    def copy(self, pairs):
+        for source, target in pairs:
+            assert {source.device.type, target.device.type} == {"cpu", "meta"} and source.shape == target.shape
+            if target.device.type == "cpu":
+                target.fill_(1.0)
+        self.bytes.append(sum(source.nbytes for source, _ in pairs))
+        return LateMark(LateLane(), [])
+
+    inside = staticmethod(contextlib.nullcontext)
+
+
+class MetaPool(BufferPool):
+    """Knows buffers by themselves, as on the meta device none has an address."""
+
+    def take(self, numel, dtype, device):
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def give(self, tensor):
+        pass
+
+
+def test_nothing_but_packed_buffers_crosses_between_host_and_device():
+    up, down = MetaLane(), MetaLane()
+    with (
+        mock.patch("distmuon.binding.compute_device", return_value=torch.device("meta")),
+        mock.patch.object(Staging, "of", lambda device: Staging(up, down, BufferPool())),
+    ):
+        torch.manual_seed(0)
+        model = Net(12)
+        optimizer = distmuon.Muon(model, lr=0.05, adamw_lr=0.01, ns_engine="composed", bucket_bytes=200)
+        optimizer._rebind()
+    (part,) = optimizer._binding.parts
+    part.pipeline.pool = MetaPool()
+    matrices = [param for group in optimizer.param_groups if group["use_muon"] for param in group["params"]]
+    before = [param.detach().clone() for param in matrices]
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    # autocast knows no meta device
+    with mock.patch("torch.autocast", lambda *args, **kwargs: contextlib.nullcontext()), Crossings() as crossings:
+        optimizer.step()
+    assert crossings.found == []
+    assert any("addmm" in operation or "baddbmm" in operation for operation in crossings.on_device)
+    total = sum(param.numel() for param in matrices) * torch.bfloat16.itemsize
+    assert sum(up.bytes) == sum(down.bytes) == total
+    assert len(up.bytes) == len(part.pipeline.plan.waves)
+    for param, old in zip(matrices, before, strict=True):
+        scale = max(1.0, param.size(0) / param.size(1)) ** 0.5
+        torch.testing.assert_close(param, old * (1 - 0.05 * 0.1) - 0.05 * scale)
+        assert optimizer.state[param]["momentum_buffer"].device.type == "cpu"
 
 
 def test_the_mesh_decides_where_offloaded_matrices_are_multiplied():
