@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from launch_helpers import LAUNCH, finish, read, started, tiny_config, wait_for
+from two_hosts import TwoHosts
 
 from distmuon.pretrain.metrics import read_metrics
 
@@ -74,40 +71,14 @@ def test_two_agents_meet(rendezvous: str, tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2, 3]
 
 
-@pytest.fixture
-def machines() -> Iterator[list[list[str]]]:
-    """Two network namespaces with a cable between them, as prefixes of a command: 10.77.0.1 and 10.77.0.2.
-
-    The name of the host is 127.0.0.1 in both, as on many machines.
-    """
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and ip")
-    names = [f"dm{os.getpid()}n{number}" for number in (0, 1)]
-    cables = [f"dm{os.getpid()}v{number}" for number in (0, 1)]
-    lines = [f"netns add {names[0]}", f"netns add {names[1]}"]
-    lines += [f"link add {cables[0]} netns {names[0]} type veth peer name {cables[1]} netns {names[1]}"]
-    for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
-        lines += [f"-n {name} addr add 10.77.0.{number}/24 dev {cable}"]
-        lines += [f"-n {name} link set lo up", f"-n {name} link set {cable} up"]
-    try:
-        for line in lines:
-            done = subprocess.run(["ip", *line.split()], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def test_machines_whose_host_names_are_loopback_meet(machines: list[list[str]], tmp_path: Path) -> None:
+def test_machines_whose_host_names_are_loopback_meet(hosts: TwoHosts, tmp_path: Path) -> None:
     """HEAD knows that it is the head, and both advertise the addresses that reach each other."""
     config = tiny_config(tmp_path, train__steps=3)
     settings = {"HEAD": "10.77.0.1", "NNODES": 2, "NGPU": 1, "CONFIG": config, "RDZV_TIMEOUT": 100}
     logs = [tmp_path / "machine-0", tmp_path / "machine-1"]
     with (
-        started([*machines[1], *MULTI], logs[1], LOG_DIR=tmp_path / "logs", **settings) as second,
-        started([*machines[0], *MULTI], logs[0], LOG_DIR=tmp_path / "logs", **settings) as first,
+        started([*hosts.hosts[1].prefix, *MULTI], logs[1], LOG_DIR=tmp_path / "logs", **settings) as second,
+        started([*hosts.hosts[0].prefix, *MULTI], logs[0], LOG_DIR=tmp_path / "logs", **settings) as first,
     ):
         codes = [finish(first, logs[0]), finish(second, logs[1])]
     text = read(logs[0]) + read(logs[1])

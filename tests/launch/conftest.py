@@ -1,0 +1,30 @@
+"""Two hosts, and a run on them that others are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts_runs import trained
+from two_hosts import NotPermitted, TwoHosts, two_hosts
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with two_hosts() as both:
+            yield both
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the debug model on two hosts, two ranks each, over a cable of 1 Gbit/s."""
+    try:
+        with two_hosts() as both:
+            both.rate(1000)
+            return trained(both, tmp_path_factory.mktemp("undisturbed"))
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
