@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 
@@ -138,11 +138,41 @@ def pipelined(split, schedule):
     return sum(group["use_muon"] for group in run.optimizer.param_groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_a_sharded_pipeline_trains_as_one_process(pool, split, schedule):
     muon_groups = pool.run(pipelined, split, schedule)
     assert muon_groups == ([1, 1, 0, 0] if split == 2 else [1, 1, 1, 1])
+
+
+def interleaved(skip):
+    """Ranks that hold two stages each, with one optimizer of the named parameters of both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    place, group = mesh["pp"].get_local_rank(), mesh["pp"].get_group()
+    layers = [layer for stage in cut(2) for layer in stage.layers.items()]
+    chunks = [Stage(dict(part)).double() for part in (layers[:1], layers[1:2], layers[2:3], layers[3:])]
+    mine = {number: fully_shard(chunks[number], mesh=mesh["dp"]) for number in (place, place + 2)}
+    stages = [PipelineStage(chunk, number, 4, torch.device("cpu"), group=group) for number, chunk in mine.items()]
+    schedule = ScheduleInterleaved1F1B(stages, n_microbatches=2, loss_fn=loss_of)
+    named = [pair for chunk in mine.values() for pair in chunk.named_parameters()]
+    optimizer = muon(named, stages=mesh["pp"])
+    for step in range(STEPS):
+        x, target = (half.chunk(2)[mesh["dp"].get_local_rank()] for half in batch(step))
+        schedule.step(*([x] if place == 0 else []), target=target if place == 1 else None)
+        if step == skip and torch.distributed.get_rank() == 2:
+            named[0][1].grad.to_local().fill_(torch.nan)
+        distmuon.clip_grad_norm_([param for _, param in named], MAX_NORM, keep_nonfinite=True, stages=mesh["pp"])
+        optimizer.step()
+        optimizer.zero_grad()
+    model, _ = undisturbed(2, skipped=(skip,))
+    wanted = dict([*model.first.named_parameters(), *model.last.named_parameters()])
+    for name, param in named:
+        torch.testing.assert_close(param.full_tensor(), wanted[name].detach())
+
+
+def test_ranks_with_two_stages_have_one_optimizer(pool):
+    pool.run(interleaved, 1)
 
 
 def skipped(split):
