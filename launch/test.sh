@@ -16,7 +16,7 @@ fi
 
 # shellcheck source=launch/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
-setup_venv pretrain,accelerate,dev
+setup_venv pretrain,accelerate,integrations,dev
 
 # One thread a process: the processes themselves use the cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
