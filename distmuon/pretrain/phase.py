@@ -19,6 +19,8 @@ _LOST = re.compile(
 )
 # Errors that have asked the other ranks already
 _IN_VAIN = " in vain for "
+# Characters of a message of torch, and of who is missing, which is said last
+_REASON, _REPORT = 600, 3000
 # Of an exception: the phase that it ended
 _ATTRIBUTE = "_distmuon_phase"
 
@@ -57,9 +59,11 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
 def _who_is_missing(error: Exception, where: str, began: float) -> str:
     """What an exchange of distmuon says of itself; torch's own are asked about here."""
     world = dist.group.WORLD
-    if _IN_VAIN in str(error) or world is None:
+    if _IN_VAIN in str(error):
+        return _one_line(str(error), _REPORT)
+    if world is None:
         return short_reason(error)
-    return _one_line(in_vain(Wait(world, f"others in the {where}", began=began), error))
+    return _one_line(in_vain(Wait(world, f"others in the {where}", began=began), error), _REPORT)
 
 
 def failed_in(error: BaseException) -> tuple[str | None, int | None]:
@@ -85,11 +89,11 @@ def lost_others(error: BaseException) -> bool:
 
 def short_reason(error: BaseException) -> str:
     """A message of torch or gloo in one line, without places in their sources and advice."""
-    return _one_line(str(error))
+    return _one_line(str(error), _REASON)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, most: int) -> str:
     text = re.sub(r"\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*", "", " ".join(text.split()))
     text = re.sub(r"^rank \d+: ", "", text)
     text = re.sub(r"\. This is typically caused by[^)]*", "", text)
-    return text.rstrip(".: ")[:600]
+    return text.rstrip(".: ")[:most]
