@@ -52,6 +52,7 @@ def test_a_killed_rank_ends_the_other_and_a_restart_goes_on(
     assert said(other).startswith(f"error: rank {1 - victim}: in the ")
     assert where in said(other)
     assert "another rank has probably ended or stalled" in said(other)
+    assert f"nothing is heard of rank {victim}" in said(other)
     assert said(other).endswith("go on from the last checkpoint with --resume auto.")
     assert len(said(other).splitlines()) == 1
     again = attempt([f"--config={path}", *FLAGS, "--resume=auto"], 2, tmp_path)
