@@ -1,5 +1,6 @@
 """What the benchmarks compute beside what they time."""
 
+import argparse
 import dataclasses
 import functools
 import inspect
@@ -27,6 +28,7 @@ if str(BENCHMARKS) not in sys.path:
 
 import accuracy  # noqa: E402
 import engine_losses  # noqa: E402
+import lr_sweep  # noqa: E402
 import matrix_families  # noqa: E402
 import momenta  # noqa: E402
 import orthogonalize  # noqa: E402
@@ -36,6 +38,7 @@ import step_time_contenders as contenders  # noqa: E402
 import step_time_probes as probes  # noqa: E402
 import step_time_report as report  # noqa: E402
 from engine_losses_report import Outcome, same_curves, spreads  # noqa: E402
+from lr_sweep_report import Curve, moves, vertex  # noqa: E402
 from orthogonalize_report import Result, as_json, geometric_means, make_table, summary  # noqa: E402
 from step_time_ranks import Row  # noqa: E402
 from timing import Judged, Timing, interleaved  # noqa: E402
@@ -460,6 +463,87 @@ def test_losses_of_engines(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_losses, "train", None)
     run_main(engine_losses, monkeypatch, *chosen, *outputs)
     assert json.loads((tmp_path / "found.json").read_text()) == found
+
+
+def test_the_best_rate_lies_between_those_tried():
+    def bowl(best, rates):
+        return {lr: [1 + (math.log2(lr / best)) ** 2] for lr in rates}
+
+    assert Curve("none", 8, bowl(0.05, [0.02, 0.04, 0.08])).best == pytest.approx(0.05)
+    edge = Curve("none", 8, bowl(0.05, [0.005, 0.01, 0.02]))
+    assert edge.best is None and edge.edge == 0.04 and edge.best_tried == 0.02
+    assert Curve("none", 8, bowl(0.05, [0.08, 0.16])).edge == 0.04
+    assert vertex({0.01: 2.0, 0.02: 1.0, 0.04: math.inf}) is None
+    two_seeds = Curve("none", 8, {0.01: [2.0, 3.0], 0.02: [1.0, 1.0], 0.04: [2.0, 2.0]})
+    assert two_seeds.best_by_seed == [pytest.approx(0.02), pytest.approx(0.02 * 2 ** (0.5 / 3))]
+    wider = Curve("none", 32, bowl(0.025, [0.01, 0.02, 0.04, 0.08]))
+    (line,) = moves([Curve("none", 8, bowl(0.05, [0.02, 0.04, 0.08])), wider])
+    # log2(0.04 / 0.025) is 0.68, and log2(0.02 / 0.025) is -0.32
+    assert line.startswith("none: from 0.05 at 8 to 0.025 at 32, times 0.50;") and "costs 0.356 nats" in line
+
+
+def test_learning_rates_are_swept_over_widths(tmp_path, monkeypatch):
+    losses = []
+
+    def loss(run):
+        """Best at 0.04 for all widths, but at match_rms_adamw at 0.08 / width."""
+        best = 0.08 / run.size.hidden if run.scale == "match_rms_adamw" else 0.04
+        losses.append(run)
+        return 1 + math.log2(run.lr / best) ** 2 + run.seed
+
+    class Here:
+        """Answers in place of training, as Runner does."""
+
+        def __init__(self, folder, workers, console):
+            self.results = {}
+
+        def run(self, title, runs):
+            from token_efficiency_runs import Result
+
+            self.results.update({run: Result(loss(run), seconds=1.0) for run in runs if run not in self.results})
+
+        close = lambda self: None  # noqa: E731
+
+    monkeypatch.setattr(lr_sweep, "Runner", Here)
+    monkeypatch.setattr(lr_sweep, "open_corpus", lambda config: argparse.Namespace(description="words"))
+    monkeypatch.setattr(lr_sweep, "FIRST", dict.fromkeys(lr_sweep.SCALES, 0.02))
+    outputs = ["--out", tmp_path / "out", "--json", tmp_path / "found.json", "--picture", tmp_path / "found.png"]
+    chosen = ["--widths", 4, 8, 32, "--seeds", 0, 1, "--seeds-to", 4, "--scales-to", 8]
+    assert run_main(lr_sweep, monkeypatch, *chosen, *outputs) == 0
+    curves = {(one["width"], one["scale"]): one for one in json.loads((tmp_path / "found.json").read_text())["curves"]}
+    assert len(curves) == 4 + 4 + 2
+    for (width, scale), one in curves.items():
+        assert one["best_lr"] == pytest.approx(0.08 / width if scale == "match_rms_adamw" else 0.04)
+        assert len(one["best_lr_by_seed"]) == (2 if width == 4 else 1)
+    # seven rates first, then three, and two more down to where the widest has a neighbour below its best
+    assert len(curves[4, "none"]["losses"]) == 7 and len(curves[8, "none"]["losses"]) == 3
+    assert len(curves[32, "match_rms_adamw"]["losses"]) == 5 and len(losses) == len(set(losses))
+    assert (tmp_path / "found.png").stat().st_size > 0
+
+
+def test_a_run_of_the_sweep_differs_in_scale_and_rate_alone():
+    size = lr_sweep.Size("width64", 64, 1, 3, 1)
+    one, other = (lr_sweep.SweepRun(size, "muon", 0.04, scale=scale).config("") for scale in ("spectral", "none"))
+    assert (one.optim.adjust_lr_fn, other.optim.adjust_lr_fn) == ("spectral", "none")
+    assert dataclasses.replace(other, optim=dataclasses.replace(other.optim, adjust_lr_fn="spectral")) == one
+    assert one.optim.adamw_lr == lr_sweep.ADAMW_LR and one.optim.weight_decay == 0
+    assert one.model.config["initializer_range"] == 0.08 and one.train.steps == 3
+
+
+def test_a_run_of_the_sweep_is_trained_once(tmp_path, monkeypatch):
+    import token_efficiency_runs
+
+    words = torch.randint(97, 105, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "words.txt").write_text("".join(" " if word == 97 else chr(word) for word in words))
+    source = {"source": str(tmp_path / "words.txt"), "cache_dir": str(tmp_path / "cache")}
+    made = token_efficiency_runs.DataConfig
+    monkeypatch.setattr(token_efficiency_runs, "DataConfig", functools.partial(made, **source))
+    run = lr_sweep.SweepRun(lr_sweep.Size("width32", 32, 1, 8, 1), "muon", 0.02, scale="spectral")
+    result, kept = token_efficiency_runs.execute(run, tmp_path)
+    # between the entropy of eight letters, 2.08, and that of all tokens, 5.55
+    assert not kept and 2.0 < result.loss < 5.5
+    monkeypatch.setattr(token_efficiency_runs, "train", None)
+    assert token_efficiency_runs.execute(run, tmp_path) == (result, True)
 
 
 @pytest.mark.slow
