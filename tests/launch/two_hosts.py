@@ -25,9 +25,6 @@ class Counts:
     bytes: int
     packets: int
 
-    def __sub__(self, other: Counts) -> Counts:
-        return Counts(self.bytes - other.bytes, self.packets - other.packets)
-
     @property
     def payload(self) -> int:
         """Bytes without headers.
