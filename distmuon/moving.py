@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from distmuon.groups import Group
-from distmuon.routing import Route, clean_name, route_module
+from distmuon.groups import Group, Params, as_groups
+from distmuon.routing import Route
 
 # Settings of a group that its matrices take along
 _TAKEN = ("lr", "weight_decay")
@@ -40,26 +40,36 @@ class Origin:
 
 @dataclass(frozen=True)
 class Roads:
-    """Where the parameters of a model go, known by identity.
+    """Where the parameters of a model go.
 
     Attributes:
-        names: Clean names, by ``id`` of the parameter.
         routes: By clean name.
+        names: Clean names, by ``id`` of the parameter.
+        kinds: For each parameter that moves, by ``id``, the number of its kind.
+        settings: By such a number, what Muon is to know of a group of that kind.
     """
 
-    names: Mapping[int, str]
-    routes: Mapping[str, Route]
+    routes: dict[str, Route] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    kinds: dict[int, int] = field(default_factory=dict)
+    settings: list[Group] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()) -> Roads:
-        """Those that the rules of :mod:`distmuon.routing` give a model."""
-        routes = route_module(model, muon_names=muon_names, adamw_names=adamw_names)
-        return cls({id(param): clean_name(name) for name, param in model.named_parameters()}, routes)
+    def of(cls, params: Params, **routing: Any) -> Roads:
+        """Those of :class:`distmuon.Muon` over the same.
 
-    def of_param(self, param: Tensor) -> tuple[str | None, Route | None]:
-        """Name and route of a parameter, None for one of elsewhere."""
-        name = self.names.get(id(param))
-        return name, None if name is None else self.routes[name]
+        Args:
+            params: A module or named parameters.
+            **routing: What :func:`distmuon.groups.as_groups` takes.
+        """
+        groups, routes = as_groups(params, **{"muon_names": (), "adamw_names": (), **routing})
+        roads = cls(routes)
+        for group in groups:
+            roads.names.update((id(param), name) for name, param in group["params"])
+            if group["use_muon"]:
+                roads.kinds.update((id(param), len(roads.settings)) for _, param in group["params"])
+                roads.settings.append({key: value for key, value in group.items() if key != "params"})
+        return roads
 
 
 def divide(group: Group, roads: Roads, first: int, kept: Iterable[str]) -> tuple[Origin, list[Group]]:
@@ -72,32 +82,33 @@ def divide(group: Group, roads: Roads, first: int, kept: Iterable[str]) -> tuple
         kept: Which of ``lr`` and ``weight_decay`` Muon's groups do not take from this one.
 
     Returns:
-        Where the parameters were, and groups for Muon: one of matrices, one of convolutions, or fewer.
+        Where the parameters were, and a group for Muon of each kind that is among them.
     """
-    found = [roads.of_param(param) for param in group["params"]]
-    kinds = [flatten for flatten in (False, True) if any(_kind(route) is flatten for _, route in found)]
-    numbers = {flatten: first + place for place, flatten in enumerate(kinds)}
-    members: dict[bool | None, list[tuple[str | None, Tensor]]] = {None: [], **{flatten: [] for flatten in kinds}}
+    kinds = [roads.kinds.get(id(param)) for param in group["params"]]
+    names = [roads.names.get(id(param)) for param in group["params"]]
+    members: dict[int | None, list[tuple[str | None, Tensor]]] = {kind: [] for kind in (None, *_sorted(kinds))}
+    numbers = {kind: first + place for place, kind in enumerate(_sorted(kinds))}
     slots: list[tuple[int | None, int]] = []
-    for param, (name, route) in zip(group["params"], found, strict=True):
-        kind = _kind(route)
+    for param, name, kind in zip(group["params"], names, kinds, strict=True):
         slots.append((None if kind is None else numbers[kind], len(members[kind])))
         members[kind].append((name, param))
     own_names = group.get("param_names")
-    origin = Origin(slots, [name for name, _ in found], None if own_names is None else list(own_names))
+    origin = Origin(slots, names, None if own_names is None else list(own_names))
     taken = {key: group.get(key, 0.0) for key in _TAKEN if key not in kept}
     if "initial_lr" in group and "lr" in taken:
         taken["initial_lr"] = group["initial_lr"]
+    if group.get("name"):
+        taken["name"] = group["name"]
     return origin, [
         {
+            **roads.settings[kind],
             # a tensor is a setting of its own, which a scheduler fills in place
             **{key: value.clone() if isinstance(value, Tensor) else value for key, value in taken.items()},
-            "params": members[flatten],
-            "use_muon": True,
-            "flatten": flatten,
-            "name": group.get("name") or ("muon_conv" if flatten else "muon"),
+            # not pairs, which Muon would look at once more and warn of again
+            "params": [param for _, param in members[kind]],
+            "param_names": [name for name, _ in members[kind]],
         }
-        for flatten in kinds
+        for kind in numbers
     ]
 
 
@@ -161,9 +172,8 @@ def put_back(optimizer: Optimizer, origins: Sequence[Origin], moved: Sequence[Gr
             optimizer.add_param_group({**settings, "params": params})
 
 
-def _kind(route: Route | None) -> bool | None:
-    """Whether a parameter moves as a convolution; None: it stays."""
-    return route.flatten if route is not None and route.use_muon else None
+def _sorted(kinds: Iterable[int | None]) -> list[int]:
+    return sorted({kind for kind in kinds if kind is not None})
 
 
 def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:

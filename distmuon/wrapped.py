@@ -18,7 +18,7 @@ from distmuon.groups import Group, follow_cycled_betas
 from distmuon.moving import Origin, Roads, divide, put_back, take_out
 from distmuon.muon import Muon
 from distmuon.report import RoutingReport, RoutingRow
-from distmuon.routing import Route, clean_name, route_named
+from distmuon.routing import Route
 
 
 class WrappedMuon(Optimizer):
@@ -41,12 +41,14 @@ class WrappedMuon(Optimizer):
         origins: Sequence[Origin],
         routes: dict[str, Route],
         *,
-        model: nn.Module | None = None,
+        model: nn.Module,
+        routing: dict[str, Any],
         kept: frozenset[str] = frozenset(),
         notes: Sequence[str] = (),
     ) -> None:
         parts = {"muon": muon, "inner": inner, "_origins": list(origins), "_routes": routes}
-        self._model: Callable[[], nn.Module | None] = _nothing if model is None else weakref.ref(model)
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._routing = routing
         # a new object takes the way of an unpickled one: torch's __init__ would make groups and state of its own
         self.__setstate__({**parts, "_kept": kept, "_notes": tuple(notes), "defaults": inner.defaults})
 
@@ -112,25 +114,24 @@ class WrappedMuon(Optimizer):
         """Move the matrices of the group that the user's optimizer got last."""
         group = self.inner.param_groups[-1]
         try:
-            roads = self._roads(group) if move else Roads({}, {})
+            roads = self._roads(group) if move else Roads()
             origin, groups = divide(group, roads, len(self.muon.param_groups), self._kept)
             for new in groups:
                 self.muon.add_param_group(new)
         except Exception:
             self.inner.param_groups.pop()
             raise
+        self._routes.update(roads.routes)
         self._origins.append(origin)
         take_out(self.inner, [origin])
 
     def _roads(self, group: Group) -> Roads:
         model = self._model()
         if model is not None:
-            return Roads.of(model)
-        names = [clean_name(name) for name in group.get("param_names", ())]
-        if not names:
-            return Roads({}, {})
-        routes = route_named(zip(names, group["params"], strict=True))
-        return Roads({id(param): name for name, param in zip(names, group["params"], strict=True)}, routes)
+            return Roads.of(model, **self._routing)
+        if "param_names" in group:
+            return Roads.of(zip(group["param_names"], group["params"], strict=True))
+        return Roads()
 
     def state_dict(self) -> dict[str, Any]:
         """One state dict of both parts, as any torch optimizer has it.
@@ -242,6 +243,7 @@ class WrappedMuon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "muon" in state:
+            # a copy is of other parameters than the model's
             self.__dict__.setdefault("_model", _nothing)
             super().__setstate__(state)
         # else torch hands over what it read of a state dict, which both parts have loaded already

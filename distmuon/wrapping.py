@@ -88,7 +88,9 @@ def wrap(
         _check_rate(optimizer, adjust_lr_fn)
     if mesh is None:
         mesh = replicas_of(model)
-    roads = Roads.of(model, muon_names=muon_names, adamw_names=adamw_names)
+    routing: dict[str, Any] = {"muon_names": muon_names, "adamw_names": adamw_names}
+    routing.update({key: muon_options.pop(key) for key in ("matrices",) if key in muon_options})
+    roads = Roads.of(model, **routing)
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     given = {key: value for key, value in settings.items() if value is not None}
     origins, groups = _divide(optimizer, roads, given.keys())
@@ -101,7 +103,9 @@ def wrap(
             "%s is dropped: they start anew on Muon",
             _told(dropped, f"{type(optimizer).__name__}'s state of parameters"),
         )
-    return WrappedMuon(muon, optimizer, origins, dict(roads.routes), model=model, kept=frozenset(given), notes=notes)
+    return WrappedMuon(
+        muon, optimizer, origins, roads.routes, model=model, routing=routing, kept=frozenset(given), notes=notes
+    )
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
@@ -191,7 +195,7 @@ def _check_moving(model: nn.Module, optimizer: Optimizer, origins: Sequence[Orig
             f"no parameter of this {kind} goes to Muon by the rules: pass muon_names. If the matrices of the model are "
             "1-D here, they were flattened (FSDP1, ZeRO): shard by torch.distributed.fsdp.fully_shard instead."
         )
-    moving = {id(param) for group in groups for _, param in group["params"]}
+    moving = {id(param) for group in groups for param in group["params"]}
     for key, value in vars(optimizer).items():
         if key not in ("param_groups", "state") and not moving.isdisjoint(map(id, _held(value))):
             raise TypeError(
