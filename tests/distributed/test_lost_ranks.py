@@ -408,7 +408,7 @@ def another_version():
 def test_ranks_of_other_versions_are_told(three):
     found = three.run(another_version)
     assert len(set(found)) == 1
-    assert found[0].startswith("rank 0: rank 0 runs 1.0 and rank 1 runs 9.9")
+    assert found[0].startswith("rank 0 runs 1.0 and rank 1 runs 9.9")
 
 
 def timeouts_of_new_groups():
