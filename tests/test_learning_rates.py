@@ -1,6 +1,7 @@
 """Suggested and effective learning rates, against the updates that they lead to."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +183,14 @@ def test_what_cannot_be_suggested(changes, message):
         model = Model()
     with pytest.raises(ValueError, match=message.replace("*", r"\*")):
         distmuon.suggest_lr(model, **{"adamw_lr": 1e-3, **changes})
+
+
+def test_the_table_of_the_page():
+    shapes = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
+    with torch.device("meta"):
+        matrices = [nn.Parameter(torch.empty(shape)) for _ in range(16) for shape in shapes]
+    named = [(f"layers.{number}.weight", matrix) for number, matrix in enumerate(matrices)]
+    found = str(distmuon.suggest_lr(named, adamw_lr=3e-4, weight_decay=0.1, adjust_lr_fn="original"))
+    table = found.rpartition("\n\n")[0]
+    page = (Path(__file__).parent.parent / "docs/learning_rates.md").read_text(encoding="utf-8")
+    assert f"```\n{table}\n```" in page
