@@ -123,7 +123,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def _title(request: Request, rate: str) -> str:
     return (
         f"{request.model}{f', {request.blocks} blocks' if request.blocks else ''}: {request.layout} on 2 hosts with "
-        f"{request.ranks} ranks each, {rate}/s between them, {request.rounds} rounds"
+        f"{request.ranks} rank{'s' * (request.ranks > 1)} each, {rate}/s between them, {request.rounds} rounds"
     )
 
 

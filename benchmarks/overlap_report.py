@@ -69,10 +69,10 @@ def draw(
         )
         axes.set_yticks(range(len(spans)), [f"rank {rank}" for rank in range(len(spans))])
         axes.set_ylim(len(spans) - 0.4, -0.6)
-    panels[-1].set_xlabel("ms since the step began (one step, under the profiler)")
+    panels[-1].set_xlabel("ms since the step began (one step, under the profiler)", loc="left")
     figure.legend(
         handles=[Patch(color=_COLORS[kind], label=text) for kind, text in _LEGEND.items()],
-        loc="upper right",
+        loc="lower right",
         ncol=4,
         fontsize=8,
     )
