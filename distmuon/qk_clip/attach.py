@@ -152,7 +152,11 @@ class Layer:
 
 
 class QKClip:
-    """What :func:`attach_qk_clip` returns."""
+    """What :func:`attach_qk_clip` returns.
+
+    Attributes:
+        recording: Whether forward passes are recorded in this step.
+    """
 
     def __init__(self, layers: list[Layer], tau: float, gqa: str, every: int, mesh: Mesh | None) -> None:
         self._layers = layers
@@ -160,6 +164,8 @@ class QKClip:
         self._tau, self._gqa, self._every, self._mesh = tau, gqa, every, mesh
         self._maxima = Maxima([layer.heads.num_heads for layer in layers])
         self._group: ProcessGroup | None = None
+        # a compiled forward pass is guarded by this, and would not be by a count of steps
+        self.recording = True
         self._steps = 0
         self._skipped = 0
         self._last: Tensor | None = None
@@ -170,11 +176,6 @@ class QKClip:
     def layers(self) -> tuple[str, ...]:
         """Paths of the attention layers that are clipped."""
         return tuple(self._numbers)
-
-    @property
-    def recording(self) -> bool:
-        """Whether forward passes are recorded in this step."""
-        return self._steps % self._every == 0
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Record, and clip after the steps of ``optimizer``; :func:`attach_qk_clip` has done it."""
@@ -222,8 +223,7 @@ class QKClip:
                 heads of this rank.
         """
         if self.recording:
-            number = self._number(layer)
-            self._maxima.collect(number, max_logits, self._layers[number].first_head(max_logits.numel()))
+            self._take(self._number(layer), max_logits)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -237,8 +237,7 @@ class QKClip:
         """
         if self.recording:
             self._clip()
-        self._maxima.reset()
-        self._steps += 1
+        self._begin()
 
     def reset(self) -> None:
         """Forget what was recorded since the last step."""
@@ -272,10 +271,17 @@ class QKClip:
         skipped, self._skipped = self._skipped, _skipped_steps(optimizer)
         if self._skipped != skipped:
             # nothing was updated, on all ranks, and of such a batch the maxima may be anything
-            self._maxima.reset()
-            self._steps += 1
+            self._begin()
             return
         self.step()
+
+    def _begin(self) -> None:
+        self._maxima.reset()
+        self._steps += 1
+        self.recording = self._steps % self._every == 0
+
+    def _take(self, number: int, max_logits: Tensor) -> None:
+        self._maxima.collect(number, max_logits, self._layers[number].first_head(max_logits.numel()))
 
     def _clip(self) -> None:
         parts = [layer.parts() for layer in self._layers]
@@ -311,7 +317,7 @@ class _Site(Recording):
     def take(self, max_logits: Tensor) -> None:
         handle = self._handle()
         if handle is not None:
-            handle.update(handle.layers[self._number], max_logits)
+            handle._take(self._number, max_logits)
 
 
 def _replicas_known_to(optimizer: Optimizer | None) -> Mesh | None:

@@ -6,7 +6,6 @@ transformers is imported when a model of it is at hand, and then is there alread
 from __future__ import annotations
 
 import sys
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,9 +30,13 @@ class Recording(ABC):
     def take(self, max_logits: Tensor) -> None:
         """Take float32 ``(heads,)``."""
 
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        # a copy of a module is not recorded, and calls what the model had
+        return _nothing, ()
 
-# modules that are recorded; a copy of one is not, and calls what the model had
-_SITES: weakref.WeakKeyDictionary[nn.Module, Recording] = weakref.WeakKeyDictionary()
+
+# Attribute of a module that is recorded: a table of modules would be guarded as a whole by torch.compile
+_SITE = "_distmuon_qk_clip"
 
 
 def install(sites: Mapping[nn.Module, Recording]) -> Callable[[], None]:
@@ -53,7 +56,7 @@ def install(sites: Mapping[nn.Module, Recording]) -> Callable[[], None]:
     for module in ours:
         config, kind = _config(module), type(module).__name__
         base = (config._attn_implementation or "eager").removeprefix(_PREFIX)
-        if module in _SITES:
+        if getattr(module, _SITE, None) is not None:
             raise ValueError(f"QK-Clip is attached to this model already ({kind}): call detach() of its handle first.")
         if base not in _BASES:
             raise ValueError(
@@ -67,11 +70,11 @@ def install(sites: Mapping[nn.Module, Recording]) -> Callable[[], None]:
         _register(base)
         config._attn_implementation = {"": _PREFIX + base}  # for this configuration, and none inside of it
     for module, site in ours.items():
-        _SITES[module] = site
+        setattr(module, _SITE, site)
 
     def undo() -> None:
         for module in ours:
-            _SITES.pop(module, None)
+            delattr(module, _SITE)
         for config, base in before.values():
             config._attn_implementation = {"": base}
 
@@ -85,7 +88,7 @@ def _register(base: str) -> None:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        site = _SITES.get(module)
+        site: Recording | None = getattr(module, _SITE, None)
         if site is not None and module.training and site.wanted():
             if base == "flex_attention" and _kernel_tells(query, attention_mask, kwargs):
                 return _flex_attention(site, module, query, key, value, attention_mask, **kwargs)
@@ -173,3 +176,7 @@ def _flex_attention(
 
 def _config(module: nn.Module) -> Any:
     return getattr(module, "config", None)
+
+
+def _nothing() -> None:
+    return None
