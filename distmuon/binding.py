@@ -38,12 +38,13 @@ from distmuon.numerics.hardware import device_class
 from distmuon.numerics.recipe import Request
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
+from distmuon.plan.blocks import Block, Placing, blocks_of
 from distmuon.plan.boxes import Box
-from distmuon.plan.matrices import matrix_spec
 from distmuon.plan.nodes import Nodes, one_node
 from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan
+from distmuon.plan.reading import READING_KEYS, Reading
 from distmuon.plan.simulate import GLOO, NCCL
 from distmuon.staging import Staging
 from distmuon.stats import StepClock
@@ -85,6 +86,7 @@ class Part:
         shards: For each key, by global rank: a number that is equal for ranks that store the same elements.
         entries: This rank's parameters by place in ``keys``.
         planned: For each parameter of the plan its place in ``keys``.
+        blocks: For each parameter of the plan what it is of the parameter in ``keys``.
         matrices: This rank's parameters on Muon, by place in the plan.
         group: The process group; None where this rank is alone.
         active: With ``static_grads``: which keys take part, once that is known.
@@ -95,6 +97,7 @@ class Part:
     shards: tuple[dict[int, int], ...]
     entries: dict[int, Entry]
     planned: tuple[int, ...]
+    blocks: tuple[Block, ...]
     matrices: dict[int, Entry]
     group: ProcessGroup | None
     active: tuple[bool, ...] | None = None
@@ -162,7 +165,7 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
 
 def _bound_settings(group: Group) -> list[Any]:
     """What a plan depends on: matrices of one bucket share their iteration."""
-    return [group[key] for key in ("use_muon", "flatten", "ns_coefficients", "ns_steps", "eps")]
+    return [group[key] for key in ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps")]
 
 
 def _shared(
@@ -226,12 +229,14 @@ def _part(
 ) -> Part:
     merged = merge(facts)
     keys = tuple(merged)
-    specs, planned = [], []
+    specs, planned, blocks = [], [], []
+    placing = Placing()
     for number, (holdings, fact) in enumerate(merged.values()):
         if fact.use_muon:
-            found = list(_specs(holdings, fact, options, table, device, nodes, alike))
-            specs += found
-            planned += [number] * len(found)
+            for spec, block in _specs(holdings, fact, placing, options, table, device, nodes, alike):
+                specs.append(spec)
+                blocks.append(block)
+                planned.append(number)
     all_gather = group is not None and prefers_all_gather(group, device)
     pace = pace_of(table, device, options.wire_dtype.itemsize, NCCL if all_gather else GLOO)
     plan = plan_step(specs, ranks=tuple(facts), nodes=nodes, bucket_bytes=options.bucket_bytes, pace=pace)
@@ -254,6 +259,7 @@ def _part(
         shards=tuple(_shard_numbers(holdings) for holdings, _ in merged.values()),
         entries=entries,
         planned=tuple(planned),
+        blocks=tuple(blocks),
         matrices={
             place: entries[number]
             for place, (number, spec) in enumerate(zip(planned, specs, strict=True))
@@ -270,24 +276,25 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
         if use_muon:
             request = options.request(group)
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
-            keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "flatten")
+            keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", *READING_KEYS)
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            cost = 0
+            costs: tuple[int, ...] = ()
+            reading = Reading.of(group)
             if request is not None:
                 device = compute_device(_meshes_of([param]), torch.device(layout.device))
-                cost = _nanoseconds(name, layout.shape, group["flatten"], request, options, device)
-            fact = Fact(name, index, use_muon, group["flatten"], iteration, request, settings, cost, layout)
+                costs = _nanoseconds(name, layout.shape, reading, request, options, device)
+            fact = Fact(name, index, use_muon, reading, iteration, request, settings, costs, layout)
             yield Entry(param, fact)
 
 
 def _nanoseconds(
-    name: str, shape: tuple[int, ...], flatten: bool, request: Request, options: Options, device: torch.device
-) -> int:
-    """Predicted time of one matrix of a parameter."""
-    spec = matrix_spec(name, shape, flatten=flatten)
-    return owner_cost(spec.rows, spec.cols, device, request, options.table(device))
+    name: str, shape: tuple[int, ...], reading: Reading, request: Request, options: Options, device: torch.device
+) -> tuple[int, ...]:
+    """Predicted time of one matrix of each block of a parameter."""
+    specs = [block.matrices for block in blocks_of(name, shape, reading)]
+    return tuple(owner_cost(spec.rows, spec.cols, device, request, options.table(device)) for spec in specs)
 
 
 def _offloaded(entries: Sequence[Entry], device: torch.device) -> bool:
@@ -328,36 +335,40 @@ def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> N
 def _specs(
     holdings: Sequence[Holding],
     fact: Fact,
+    placing: Placing,
     options: Options,
     table: CostTable,
     device: torch.device,
     nodes: Nodes,
     alike: bool,
-) -> Iterator[ParameterSpec]:
+) -> Iterator[tuple[ParameterSpec, Block]]:
     """What a plan is made of; ranks that are not ``alike`` would predict other costs, and take each other's word."""
     assert fact.request is not None
     layout = fact.layout
     # ranks have devices of other numbers, and one plan
     kind = torch.device(device.type)
-    matrices = matrix_spec(fact.name, layout.shape, flatten=fact.flatten)
+    blocks = blocks_of(fact.name, layout.shape, fact.reading)
     by_replica: dict[tuple[int, ...], list[Holding]] = {}
     for holding in sorted(holdings, key=lambda holding: holding.rank):
         # an update that each replica computes for itself is that of a parameter of its own
         by_replica.setdefault(holding.replica if options.replicas == "repeat" else (), []).append(holding)
     for members in by_replica.values():
-        spec = ParameterSpec(
-            matrices=matrices,
-            shape=layout.shape,
-            holdings=tuple(members),
-            group=fact.group,
-            kind=f"{layout.device} {layout.dtype} {fact.iteration}",
-            cost=owner_cost(matrices.rows, matrices.cols, kind, fact.request, table) if alike else fact.cost,
-        )
-        if options.teams:
-            extent = layout.shape[spec.slab_axis]
-            teams = team_costs(matrices.rows, matrices.cols, extent, kind, fact.request, table, nodes)
-            spec = dataclasses.replace(spec, teams=teams)
-        yield spec
+        for number, block, held in placing.place(fact.name, blocks, tuple(members)):
+            rows, cols = block.matrices.rows, block.matrices.cols
+            spec = ParameterSpec(
+                matrices=block.matrices,
+                shape=block.shape,
+                holdings=held,
+                group=fact.group,
+                kind=f"{layout.device} {layout.dtype} {fact.iteration}",
+                cost=owner_cost(rows, cols, kind, fact.request, table) if alike else fact.costs[number],
+                whole=block.cut is None,
+            )
+            if options.teams:
+                extent = block.shape[spec.slab_axis]
+                teams = team_costs(rows, cols, extent, kind, fact.request, table, nodes)
+                spec = dataclasses.replace(spec, teams=teams)
+            yield spec, block
 
 
 def _shard_numbers(holdings: Sequence[Holding]) -> dict[int, int]:

@@ -11,34 +11,36 @@ from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Request
 from distmuon.plan.nodes import Nodes
 from distmuon.plan.parameters import Holding
+from distmuon.plan.reading import Reading
 
 Key: TypeAlias = "tuple[str, tuple[int, ...]]"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What one rank says of one parameter. All but ``cost``, ``layout.replica`` and ``layout.box`` must agree.
+    """What one rank says of one parameter. All but ``costs``, ``layout.replica`` and ``layout.box`` must agree.
 
     Attributes:
         name: The parameter's name.
         group: Index of its group.
         use_muon: Whether it is on Muon.
-        flatten: Whether its axes after the first are joined.
+        reading: What its axes mean.
         iteration: What matrices of one bucket have in common beside shape and dtype.
         request: How its matrices are orthogonalized; None for AdamW.
         settings: What decides its update, for comparison.
-        cost: Nanoseconds that one of its matrices takes on this rank; among unlike ranks the lowest one's word counts.
+        costs: Nanoseconds that a matrix of each of its blocks takes on this rank; among unlike ranks the lowest one's
+            word counts.
         layout: Where it lies.
     """
 
     name: str
     group: int
     use_muon: bool
-    flatten: bool
+    reading: Reading
     iteration: str
     request: Request | None
     settings: str
-    cost: int
+    costs: tuple[int, ...]
     layout: LocalLayout
 
     @property

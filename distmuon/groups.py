@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from distmuon.comm.layout import check_parameter
+from distmuon.matrices import Matrices, blocks_in, unclear_axes
 from distmuon.numerics.update import resolve_lr_scale
 from distmuon.options import Options
-from distmuon.plan.matrices import matrix_spec
-from distmuon.routing import Route, clean_name, route_module, route_named
+from distmuon.plan.reading import READING_KEYS, WHOLE, Reading
+from distmuon.routing import Route, clean_name, named_like_experts, route_by_name, route_module, route_named
 
 Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
 Group: TypeAlias = dict[str, Any]
@@ -31,7 +32,7 @@ GROUP_KEYS = (
     "ns_steps",
     "eps",
     "adjust_lr_fn",
-    "flatten",
+    *READING_KEYS,
     "betas",
     "name",
 )
@@ -40,7 +41,7 @@ _TORCH_KEYS = ("param_names", "initial_lr")
 
 
 def as_groups(
-    params: Params, *, muon_names: Sequence[str], adamw_names: Sequence[str]
+    params: Params, *, muon_names: Sequence[str], adamw_names: Sequence[str], matrices: Matrices = None
 ) -> tuple[list[Group], dict[str, Route]]:
     """Turn the ``params`` argument into groups that all say ``use_muon``.
 
@@ -49,6 +50,7 @@ def as_groups(
             decide by ``use_muon`` (or dion's ``algorithm``), unless they hold pairs.
         muon_names: See :func:`distmuon.routing.route_module`.
         adamw_names: See :func:`distmuon.routing.route_module`.
+        matrices: See :class:`distmuon.Muon`.
 
     Returns:
         The groups, and the routes of the parameters that were routed.
@@ -58,7 +60,7 @@ def as_groups(
         ValueError: for bare parameters, which say neither what they are nor what they are called.
     """
     if isinstance(params, nn.Module):
-        routes = route_module(params, muon_names=muon_names, adamw_names=adamw_names)
+        routes = route_module(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
         return split_by_route(list(params.named_parameters()), routes, {}), routes
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor: pass a module, named parameters, or groups.")
@@ -66,10 +68,13 @@ def as_groups(
     if not items:
         raise ValueError("params is empty: pass a module, named parameters, or groups.")
     if all(isinstance(item, tuple) for item in items):
-        routes = route_named(items, muon_names=muon_names, adamw_names=adamw_names)
+        routes = route_named(items, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
         return split_by_route(items, routes, {}), routes
-    if muon_names or adamw_names:
-        raise ValueError("muon_names and adamw_names choose among names: pass a module or named parameters.")
+    if muon_names or adamw_names or matrices is not None:
+        raise ValueError(
+            "muon_names, adamw_names and matrices choose among names: pass a module or named parameters, or give the "
+            "groups keys of their own."
+        )
     if all(isinstance(item, Tensor) for item in items):
         items = [{"params": items}]
     if not all(isinstance(item, Mapping) for item in items):
@@ -124,9 +129,11 @@ def expand_group(group: Group, label: str) -> tuple[list[Group], dict[str, Route
             raise ValueError(f"{label} has use_muon={group['use_muon']!r}: it is True or False.")
         if group["use_muon"]:
             _warn_of_embeddings(group, label)
+            _check_axes(group, label)
         return [group], {}
     if all(isinstance(param, tuple) for param in group["params"]):
-        routes = route_named(group["params"])
+        declared = {key: group.pop(key) for key in READING_KEYS if key in group}
+        routes = route_named(group["params"], matrices={"*": declared} if declared else None)
         return split_by_route(group["params"], routes, group), routes
     raise ValueError(
         f"{label} holds bare parameters and does not say use_muon: set use_muon=True for hidden matrices and "
@@ -135,17 +142,24 @@ def expand_group(group: Group, label: str) -> tuple[list[Group], dict[str, Route
 
 
 def split_by_route(named: Sequence[tuple[str, Tensor]], routes: Mapping[str, Route], template: Group) -> list[Group]:
-    """One group each for matrices, convolutions and what AdamW takes, in that order; empty ones left out."""
+    """One group for whatever is read alike, and one for what AdamW takes.
+
+    Whole matrices come first, then convolutions, then other readings as they appear, and AdamW last.
+    """
+    convolution = Reading(flatten=True)
+    members: dict[Reading | None, list[tuple[str, Tensor]]] = {WHOLE: [], convolution: []}
+    for raw_name, param in named:
+        name = clean_name(raw_name)
+        route = routes[name]
+        members.setdefault(route.reading if route.use_muon else None, []).append((name, param))
+    members[None] = members.pop(None, [])
+    labels = {WHOLE: "muon", convolution: "muon_conv", None: "adamw"}
     groups = []
-    for label, use_muon, flatten in (("muon", True, False), ("muon_conv", True, True), ("adamw", False, False)):
-        members = []
-        for raw_name, param in named:
-            name = clean_name(raw_name)
-            route = routes[name]
-            if route.use_muon == use_muon and (not use_muon or route.flatten == flatten):
-                members.append((name, param))
-        if members:
-            group = {**template, "params": members, "use_muon": use_muon, "flatten": flatten}
+    for reading, found in members.items():
+        if found:
+            # other readings are called after the module that holds the first of them
+            label = labels.get(reading) or f"muon_{found[0][0].removesuffix('.weight').rpartition('.')[2]}"
+            group = {**template, "params": found, "use_muon": reading is not None, **(reading or WHOLE).keys}
             groups.append({**group, "name": template.get("name") or label})
     return groups
 
@@ -178,13 +192,17 @@ def check_group(group: Group, label: str, options: Options) -> None:
         options.request(group)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
+    try:
+        Reading.of(group)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from None
     names = group_names(group, label)
     for name, param in zip(names, bare_params(group), strict=True):
         if not isinstance(param, Tensor):
             raise TypeError(f"{label} holds a {type(param).__name__} where parameters are wanted.")
         check_parameter(name, param)
         if group["use_muon"]:
-            matrix_spec(name, param.shape, flatten=group["flatten"])
+            blocks_in(group, name, param)
 
 
 def follow_cycled_betas(groups: Sequence[Group]) -> None:
@@ -294,12 +312,22 @@ def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:
         raise ValueError(f"{label} has {key}={value}: it must be {wanted}.")
 
 
+def _check_axes(group: Group, label: str) -> None:
+    """Refuse to guess what three axes mean, unless the group or the name of the parameter says it."""
+    if "flatten" in group or group.get("transposed"):
+        return
+    for name, param in zip(group_names(group, label), bare_params(group), strict=True):
+        if isinstance(param, Tensor) and param.ndim == 3 and not named_like_experts(name):
+            raise ValueError(unclear_axes(name, param))
+
+
 def _warn_of_embeddings(group: Group, label: str) -> None:
     if not isinstance(group["params"][0], tuple):
         return
-    matrices = [(name, param) for name, param in group["params"] if param.ndim in (2, 3)]
-    for name, route in route_named(matrices).items():
-        if not route.use_muon and route.reason.startswith("named like"):
+    for raw_name, param in group["params"]:
+        name = clean_name(raw_name)
+        route = route_by_name(name, param)
+        if param.ndim in (2, 3) and not route.use_muon and route.reason.startswith("named like"):
             warnings.warn(
                 f"{label} puts {name!r} on Muon, though it is {route.reason}: Muon is for hidden matrices, and "
                 "embeddings and heads usually train better with AdamW.",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from distmuon.groups import Group, Params, as_groups, bare_params, group_names
+from distmuon.matrices import Matrices, blocks_in
 from distmuon.numerics.update import lr_scale, resolve_lr_scale
-from distmuon.plan.matrices import MatrixSpec, matrix_spec
+from distmuon.plan.matrices import MatrixSpec
 from distmuon.routing import clean_name
 
 # Root mean square of AdamW's update over its learning rate, as Moonlight takes it (arXiv 2502.16982, section 2.2)
@@ -91,6 +92,7 @@ def suggest_lr(
     adjust_lr_fn: str | None = "match_rms_adamw",
     muon_names: Sequence[str] = (),
     adamw_names: Sequence[str] = (),
+    matrices: Matrices = None,
 ) -> SuggestedRates:
     """Learning rates and decays with which Muon moves a matrix as far as AdamW moves it.
 
@@ -107,6 +109,7 @@ def suggest_lr(
         adjust_lr_fn: The scale that the rate is wanted for (:func:`distmuon.numerics.update.lr_scale`).
         muon_names: As :class:`distmuon.Muon` takes them.
         adamw_names: As :class:`distmuon.Muon` takes them.
+        matrices: As :class:`distmuon.Muon` takes it.
 
     Raises:
         TypeError, ValueError: as :class:`distmuon.Muon` raises them for ``params``.
@@ -117,7 +120,7 @@ def suggest_lr(
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay}: it must be 0 or more.")
     scale = resolve_lr_scale(adjust_lr_fn)
-    groups, _ = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
+    groups, _ = as_groups(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
     shapes = _shape_rates(_specs(groups), scale, adamw_lr)
     if not shapes:
         raise ValueError("no parameter goes to Muon, so that there is nothing to suggest: use torch.optim.AdamW.")
@@ -127,24 +130,30 @@ def suggest_lr(
     )
 
 
-def group_lr(group: Group, name: str, param: Tensor) -> tuple[float, MatrixSpec | None]:
-    """The effective learning rate of a parameter in its group, and what Muon reads it as (None: AdamW updates it)."""
+def group_lrs(group: Group, name: str, param: Tensor) -> dict[str, float]:
+    """The effective learning rates of a parameter in its group: of AdamW's, or of each of its blocks, by name."""
     lr = float(group["lr"])
     if not group["use_muon"]:
-        return lr, None
-    spec = matrix_spec(name, param.shape, flatten=group.get("flatten", False))
-    return lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols), spec
+        return {name: lr}
+    specs = [block.matrices for block in blocks_in(group, name, param)]
+    return {spec.parameter: lr * lr_scale(group["adjust_lr_fn"], *spec.logical) for spec in specs}
 
 
 def effective_lr(groups: Sequence[Group], wanted: Tensor | str) -> float:
     """See :meth:`distmuon.Muon.effective_lr`."""
     if not isinstance(wanted, Tensor | str):
         raise TypeError(f"effective_lr takes a parameter or its name, not {type(wanted).__name__}.")
-    known = []
+    known: list[str] = []
     for index, group in enumerate(groups):
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
-            if param is wanted or (isinstance(wanted, str) and name == clean_name(wanted)):
-                return group_lr(group, name, param)[0]
+            is_it = param is wanted
+            if is_it:
+                return _one_of(name, group_lrs(group, name, param))
+            if isinstance(wanted, str) and clean_name(wanted).partition("[")[0] == name:
+                rates = group_lrs(group, name, param)
+                known += rates
+                if clean_name(wanted) in (name, *rates):
+                    return rates[clean_name(wanted)] if clean_name(wanted) in rates else _one_of(name, rates)
             known.append(name)
     if isinstance(wanted, Tensor):
         shape = " x ".join(map(str, wanted.shape)) or "scalar"
@@ -157,19 +166,28 @@ def effective_lr(groups: Sequence[Group], wanted: Tensor | str) -> float:
     raise ValueError(f"this optimizer has no parameter {wanted!r}: {hint}")
 
 
+def _one_of(name: str, rates: Mapping[str, float]) -> float:
+    """The rate of all blocks of a parameter."""
+    if len(set(rates.values())) > 1:
+        told = ", ".join(f"{lr:.3g} of {block!r}" for block, lr in rates.items())
+        raise ValueError(f"the blocks of {name!r} have rates of their own ({told}): ask for one of them by its name.")
+    return next(iter(rates.values()))
+
+
 def _specs(groups: Sequence[Group]) -> list[MatrixSpec]:
     return [
-        matrix_spec(name, param.shape, flatten=group.get("flatten", False))
+        block.matrices
         for index, group in enumerate(groups)
         if group["use_muon"]
         for name, param in zip(group_names(group, f"group {index}"), bare_params(group), strict=True)
+        for block in blocks_in(group, name, param)
     ]
 
 
 def _shape_rates(specs: Sequence[MatrixSpec], scale: str, adamw_lr: float) -> tuple[ShapeRate, ...]:
     counts: dict[tuple[int, int], int] = {}
     for spec in specs:
-        counts[spec.rows, spec.cols] = counts.get((spec.rows, spec.cols), 0) + spec.count
+        counts[spec.logical] = counts.get(spec.logical, 0) + spec.count
     rates = []
     for (rows, cols), count in counts.items():
         # with match_rms_adamw the factors cancel, and the rate is AdamW's to the last bit

@@ -17,8 +17,6 @@ from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.agree import NonfiniteError, across_stages
 from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks, replicas_of
-from distmuon.comm.layout import local_gradient, local_tensor
-from distmuon.flight import LocalParameter
 from distmuon.groups import (
     Params,
     as_groups,
@@ -30,10 +28,13 @@ from distmuon.groups import (
     follow_cycled_betas,
 )
 from distmuon.learning_rates import effective_lr
+from distmuon.local import local_blocks
+from distmuon.matrices import Matrices
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
+from distmuon.plan.reading import WHOLE
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.rest import complete_state, create_state, step_adamw
 from distmuon.stats import StepClock, step_stats
@@ -59,8 +60,8 @@ class Muon(Optimizer):
     Args:
         params: A module (the rules of :mod:`distmuon.routing` decide), ``named_parameters()`` (decided by
             name and shape), or parameter groups that say ``use_muon``. A group may set any of ``lr,
-            weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, flatten,
-            betas, name``.
+            weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, betas, name`` and what its
+            parameters are read as: ``flatten, transposed, split_sizes, num_heads, split_axis, interleaved``.
         lr: Learning rate of the matrices, a number or a 1-element tensor.
         weight_decay: Decoupled weight decay.
         momentum: Weight of the past in the momentum average, in [0, 1).
@@ -80,6 +81,10 @@ class Muon(Optimizer):
         adamw_weight_decay: None takes ``weight_decay``.
         muon_names: Globs of parameter names that go to Muon whatever the rules say.
         adamw_names: Globs of parameter names that go to AdamW whatever the rules say.
+        matrices: Which matrices parameters hold (docs/matrices.md): ``"auto"`` takes apart what modules of transformers
+            fuse, ``"heads"`` attention heads too, or a dict from name globs to these words or group keys such as
+            ``{"*.qkv.weight": {"split_sizes": (4096, 1024, 1024)}}``, later globs over earlier ones. None: each
+            ``(m, n)`` weight is one matrix as it is stored.
         momentum_dtype: Dtype of the momentum average; None keeps that of the parameter.
         ns_dtype: Dtype that matrices are rounded to before they are orthogonalized, and that the result has.
             What lies between is in float32 where that is as fast.
@@ -144,6 +149,7 @@ class Muon(Optimizer):
         adamw_weight_decay: float | None = None,
         muon_names: Sequence[str] = (),
         adamw_names: Sequence[str] = (),
+        matrices: Matrices = None,
         momentum_dtype: torch.dtype | None = None,
         ns_dtype: torch.dtype = torch.bfloat16,
         ns_engine: str = "auto",
@@ -191,7 +197,7 @@ class Muon(Optimizer):
         self.skipped_steps = 0
         self._mesh = replicas_of(params) if mesh is None else mesh
         self._stages = None if stages is None else as_group(stages)
-        groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names)
+        groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
         check_disjoint(groups)
         defaults = {
             "lr": lr,
@@ -203,7 +209,7 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "betas": adamw_betas,
-            "flatten": False,
+            **WHOLE.keys,
             "name": None,
         }
         super().__init__(groups, defaults)
@@ -472,15 +478,6 @@ class Muon(Optimizer):
 
     def _step_matrices(self, turn: Turn) -> None:
         part, active = turn.part, turn.active
-        local = {
-            place: LocalParameter(
-                box=entry.fact.layout.box,
-                param=local_tensor(entry.param),
-                grad=local_gradient(entry.param),
-                momentum=local_tensor(self.state[entry.param]["momentum_buffer"]),
-            )
-            for place, entry in part.matrices.items()
-            if active[part.planned[place]]
-        }
+        local = local_blocks(part, active, self.state)
         part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
         self._momentum_is_split |= part.pipeline.owner_gradients

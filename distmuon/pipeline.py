@@ -26,6 +26,7 @@ from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
 from distmuon.options import Options
 from distmuon.plan.buckets import Bucket
+from distmuon.plan.matrices import MatrixSpec
 from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
 from distmuon.plan.schedule import Schedule, schedule
@@ -373,7 +374,7 @@ class Pipeline:
     ) -> None:
         wave = flight.wave
         direction_of = {part.slot: direction for part, direction in zip(parts, directions, strict=True)}
-        for (index, rows, cols), members in self._by_scale(wave, parts).items():
+        for (index, matrix), members in self._by_scale(wave, parts).items():
             group = groups[index]
             holders = [local[wave.assignments[part.slot].parameter] for part in members]
             params = [at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
@@ -383,10 +384,10 @@ class Pipeline:
                 [direction_of[part.slot].to(param.device) for part, param in zip(members, params, strict=True)],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
-                scale=lr_scale(group["adjust_lr_fn"], rows, cols),
+                scale=lr_scale(group["adjust_lr_fn"], *matrix.logical),
                 foreach=self._foreach(flight),
                 exact=not self.options.batched,
-                tall=rows > cols,
+                tall=matrix.rows > matrix.cols,
             )
 
     def _by_group(self, wave: Wave, parts: Sequence[Part]) -> dict[int, list[Part]]:
@@ -397,12 +398,12 @@ class Pipeline:
             found.setdefault(self.plan.parameters[parameter].group, []).append(part)
         return found
 
-    def _by_scale(self, wave: Wave, parts: Sequence[Part]) -> dict[tuple[int, int, int], list[Part]]:
+    def _by_scale(self, wave: Wave, parts: Sequence[Part]) -> dict[tuple[int, MatrixSpec], list[Part]]:
         """Parts by the index of their parameter group and the shape of their matrix, which have their learning rate."""
-        found: dict[tuple[int, int, int], list[Part]] = {}
+        found: dict[tuple[int, MatrixSpec], list[Part]] = {}
         for part in parts:
             spec = self.plan.parameters[wave.assignments[part.slot].parameter]
-            found.setdefault((spec.group, spec.matrices.rows, spec.matrices.cols), []).append(part)
+            found.setdefault((spec.group, spec.matrices.alike), []).append(part)
         return found
 
     def _view(self, flight: Flight, part: Part) -> Tensor:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from distmuon.groups import Group, group_names
-from distmuon.learning_rates import group_lr
+from distmuon.learning_rates import group_lrs
+from distmuon.matrices import blocks_in
 from distmuon.numerics.recipe import choose
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
-from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.reading import Reading
+from distmuon.plan.words import describe
+from distmuon.presets import Preset
 from distmuon.routing import Route
 
 
@@ -24,10 +27,13 @@ class RoutingRow:
     Attributes:
         name: Its clean name.
         shape: Its global shape.
-        matrices: What Muon reads it as, such as ``"8 of 768 x 512"``; empty for AdamW.
+        matrices: What Muon reads it as, output x input features, such as ``"8 of 768 x 512"`` or
+            ``"768 + 256 + 256 x 768 (rows: q | k | v)"``; empty for AdamW.
         algorithm: ``"muon"``, or ``"adamw"``, or the class of the optimizer that :func:`distmuon.wrap` got.
         reason: Which rule decided.
-        lr: The effective learning rate: that of the group times the scale of the matrix shape.
+        lr: The effective learning rate: that of the group times the scale of the matrix shape; of blocks that differ
+            the largest.
+        lrs: The rate of each block; empty where there is but one.
     """
 
     name: str
@@ -36,6 +42,7 @@ class RoutingRow:
     algorithm: str
     reason: str
     lr: float
+    lrs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class RoutingReport:
         cells = [header]
         for row in self.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            cells.append((row.name, shape, row.matrices, row.algorithm, row.reason, f"{row.lr:.3g}"))
+            lrs = " | ".join(dict.fromkeys(f"{lr:.3g}" for lr in row.lrs or (row.lr,)))
+            cells.append((row.name, shape, row.matrices, row.algorithm, row.reason, lrs))
         widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -93,11 +101,49 @@ def build_report(
         for name, param in zip(group_names(group, label), group["params"], strict=True):
             route = routes.get(name)
             reason = route.reason if route is not None else f"{label} says so"
-            lr, spec = group_lr(group, name, param)
-            matrices, algorithm = ("", "adamw") if spec is None else (str(spec), "muon")
-            rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, lr))
-    notes = [*_engine_notes(groups, options, pipelines), *(_plan_note(pipeline) for pipeline in pipelines)]
+            lrs = tuple(group_lrs(group, name, param).values())
+            matrices, algorithm = (_told(group, name, param, route), "muon") if group["use_muon"] else ("", "adamw")
+            blocks = lrs if len(lrs) > 1 else ()
+            rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, max(lrs), blocks))
+    notes = [
+        *_unread(groups, routes),
+        *_engine_notes(groups, options, pipelines),
+        *(_plan_note(pipeline) for pipeline in pipelines),
+    ]
     return RoutingReport(tuple(rows), tuple(notes))
+
+
+def _told(group: Group, name: str, param: torch.Tensor, route: Route | None) -> str:
+    """The matrices of a parameter in words, its blocks by their names where a preset has them."""
+    reading = Reading.of(group)
+    preset = route.preset if route is not None else None
+    labels = preset.labels if preset is not None and reading.split_sizes in _splits(preset) else ()
+    return describe(blocks_in(group, name, param), reading, labels)
+
+
+def _splits(preset: Preset) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(reading.split_sizes for reading in (preset.auto, preset.heads) if reading is not None)
+
+
+def _unread(groups: Sequence[Group], routes: Mapping[str, Route]) -> list[str]:
+    """What is known of parameters that Muon takes for something else, by the way to change that."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for index, group in enumerate(groups):
+        for name in group_names(group, f"group {index}") if group["use_muon"] else ():
+            preset = routes[name].preset if name in routes else None
+            if preset is None:
+                continue
+            reading, auto = Reading.of(group), preset.auto
+            word = "auto" if auto.split_sizes else "heads"
+            if reading.split_sizes is None and reading.num_heads is None and any(_splits(preset)):
+                found.setdefault((f"hold {' | '.join(preset.labels)} and count as one matrix", word), []).append(name)
+            elif auto.transposed and not reading.transposed:
+                what = "are stored (in, out) and have the learning rate of (out, in)"
+                found.setdefault((what, "auto"), []).append(name)
+    return [
+        f"{len(names)} parameters such as {names[0]} {what}: matrices={word!r} reads them as the module does."
+        for (what, word), names in found.items()
+    ]
 
 
 def nothing_on_muon(report: RoutingReport) -> str:
@@ -120,10 +166,11 @@ def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence
         if group["use_muon"]:
             request = options.request(group)
             for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
-                spec = matrix_spec(name, param.shape, flatten=group["flatten"])
                 table = tables.get(param.device.type, options.table(param.device))
-                recipe = choose(spec.rows, spec.cols, param.device, request, table)
-                counts[param.device.type, recipe.engine, recipe.dtype] += spec.count
+                for block in blocks_in(group, name, param):
+                    spec = block.matrices
+                    recipe = choose(spec.rows, spec.cols, param.device, request, table)
+                    counts[param.device.type, recipe.engine, recipe.dtype] += spec.count
     return [
         f"{count} matrices on {device}, rounded to {options.ns_dtype}: engine {engine}, in {held}."
         for (device, engine, held), count in counts.items()

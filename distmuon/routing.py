@@ -6,11 +6,14 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from distmuon.matrices import Matrices, declare, unclear_axes
 from distmuon.plan.matrices import matrix_spec
+from distmuon.plan.reading import WHOLE, Reading
+from distmuon.presets import Preset, presets_of
 
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _OUTERMOST = _WRAPPERS | {"module"}
@@ -28,6 +31,9 @@ _HEAD_NAMES = frozenset(
 )
 # Last part of the name of a parameter that belongs to no module type we know
 _EMBEDDING_NAME = re.compile(r"(^|_)(embed|embeds|embedding|embeddings|emb|wte|wpe)(_|$)|(^|_)tokens?$")
+# In the name of a parameter, or in that of the class that holds it: its first axis counts matrices
+_EXPERT_NAME = re.compile(r"expert|(^|[._])moe([._]|$)", re.IGNORECASE)
+_EXPERT_CLASS = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,21 @@ class Route:
     Attributes:
         use_muon: Muon, else AdamW.
         reason: A few words for the report.
-        flatten: Whether all axes after the first are joined to one (convolutions).
+        reading: The matrices that Muon takes it for.
+        preset: What is known of the module that holds it.
+        doubt: Why it cannot be read without being declared, an error message; empty: it can.
     """
 
     use_muon: bool
     reason: str
-    flatten: bool = False
+    reading: Reading = WHOLE
+    preset: Preset | None = None
+    doubt: str = ""
+
+    @property
+    def flatten(self) -> bool:
+        """Whether all axes after the first are joined to one (convolutions)."""
+        return self.reading.flatten
 
 
 def clean_name(name: str) -> str:
@@ -57,7 +72,11 @@ def clean_name(name: str) -> str:
 
 
 def route_module(
-    module: nn.Module, *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()
+    module: nn.Module,
+    *,
+    muon_names: Sequence[str] = (),
+    adamw_names: Sequence[str] = (),
+    matrices: Matrices = None,
 ) -> dict[str, Route]:
     """Route every parameter of a model by the modules that use it.
 
@@ -68,13 +87,14 @@ def route_module(
         module: The model, wrapped or not, on any device.
         muon_names: Globs of names that Muon takes, whatever the rules say.
         adamw_names: Globs of names that AdamW takes.
+        matrices: What parameters are read as, see :class:`distmuon.Muon`.
 
     Returns:
         One route a parameter, under its clean name, in the order of ``module.named_parameters()``.
 
     Raises:
         ValueError: if a glob matches nothing, two globs disagree, a parameter's matrix axes are not known, or two
-            parameters have one clean name.
+            parameters have one clean name; and as :func:`distmuon.matrices.declare`.
     """
     module = _unwrapped(module)
     uses = _uses(module)
@@ -83,11 +103,18 @@ def route_module(
     routes = {
         name: _route_used(name, param, uses[id(param)], head=id(param) in heads) for name, param in params.items()
     }
-    return _apply_globs(routes, params, muon_names, adamw_names)
+    presets = presets_of({clean_name(path): found for path, found in module.named_modules(remove_duplicate=False)})
+    for name in presets.keys() & routes.keys():
+        routes[name] = replace(routes[name], preset=presets[name], doubt="")
+    return declare(_apply_globs(routes, params, muon_names, adamw_names), params, matrices)
 
 
 def route_named(
-    named: Iterable[tuple[str, Tensor]], *, muon_names: Sequence[str] = (), adamw_names: Sequence[str] = ()
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    muon_names: Sequence[str] = (),
+    adamw_names: Sequence[str] = (),
+    matrices: Matrices = None,
 ) -> dict[str, Route]:
     """Route parameters of which only names and shapes are known.
 
@@ -95,6 +122,7 @@ def route_named(
         named: ``(name, parameter)`` pairs, as ``module.named_parameters()`` gives them.
         muon_names: Globs of names that Muon takes.
         adamw_names: Globs of names that AdamW takes.
+        matrices: What parameters are read as, by name globs; presets need modules.
 
     Returns:
         One route a parameter, under its clean name.
@@ -103,8 +131,8 @@ def route_named(
         ValueError: as :func:`route_module`.
     """
     params = _by_clean_name(named)
-    routes = {name: _route_by_name(name, param) for name, param in params.items()}
-    return _apply_globs(routes, params, muon_names, adamw_names)
+    routes = {name: route_by_name(name, param) for name, param in params.items()}
+    return declare(_apply_globs(routes, params, muon_names, adamw_names), params, matrices, names_only=True)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -181,32 +209,48 @@ def _route_used(name: str, param: Tensor, users: Sequence[_Use], *, head: bool) 
             return Route(False, "depthwise convolution" if depthwise else "grouped convolution")
         return _by_shape(name, param, "convolution", flatten=True)
     if any(isinstance(module, nn.Linear | nn.Bilinear) for module in modules):
-        return _by_shape(name, param, "hidden matrix")
-    return _route_by_name(name, param)
+        return replace(_by_shape(name, param, "hidden matrix"), doubt="")
+    classes = [kind.__name__ for module in modules for kind in type(module).__mro__]
+    return route_by_name(name, param, stacked=any(map(_EXPERT_CLASS.search, classes)))
 
 
-def _route_by_name(name: str, param: Tensor) -> Route:
+def route_by_name(name: str, param: Tensor, *, stacked: bool = False) -> Route:
+    """What the rules say of a parameter of which name and shape are known.
+
+    Args:
+        name: Its clean name.
+        param: The parameter.
+        stacked: Whether it is known that the first of three axes counts matrices.
+    """
     parts = name.split(".")
     if param.ndim < 2:
         return Route(False, "vector or scalar")
+    if parts[-1].endswith("bias") and param.ndim == 2:
+        return Route(False, f"stack of biases ({parts[-1]})")
     owner = parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
     if _EMBEDDING_NAME.search(owner):
         return Route(False, f"named like an embedding ({owner})")
     if owner in _HEAD_NAMES and not any(part.isdigit() for part in parts):
         return Route(False, f"named like an output head ({owner})")
-    return _by_shape(name, param, "hidden matrix")
+    route = _by_shape(name, param, "hidden matrix")
+    return replace(route, doubt="") if param.ndim == 3 and (stacked or named_like_experts(name)) else route
+
+
+def named_like_experts(name: str) -> bool:
+    """Whether the name of a parameter of three axes says that the first one counts matrices."""
+    return bool(_EXPERT_NAME.search(name))
 
 
 def _by_shape(name: str, param: Tensor, what: str, *, flatten: bool = False) -> Route:
     if param.numel() == 0:
         return Route(False, "empty")
-    try:
-        spec = matrix_spec(name, param.shape, flatten=flatten)
-    except ValueError as error:
-        raise ValueError(f"{error} Or pass the module itself, muon_names or adamw_names.") from None
+    if param.ndim > 3 and not flatten:
+        return Route(True, what, doubt=unclear_axes(name, param))
+    spec = matrix_spec(name, param.shape, flatten=flatten)
     if spec.degenerate:
         return Route(False, f"degenerate matrix ({spec.rows} x {spec.cols})")
-    return Route(True, what if spec.count == 1 else f"stack of {spec.count} matrices", flatten)
+    doubt = unclear_axes(name, param) if param.ndim == 3 and not flatten else ""
+    return Route(True, what if spec.count == 1 else f"stack of {spec.count} matrices", Reading(flatten), doubt=doubt)
 
 
 def _apply_globs(
@@ -238,9 +282,12 @@ def _apply_globs(
                 "for hidden matrices, and embeddings and heads usually train better with AdamW.",
                 stacklevel=4,
             )
-        flatten = ruled.flatten or params[name].ndim > 3
+        flatten = ruled.reading.flatten or params[name].ndim > 3
         matrix_spec(name, params[name].shape, flatten=flatten)
-        routes[name] = Route(True, f"muon_names {glob!r}", flatten)
+        doubt = "" if flatten else ruled.doubt
+        routes[name] = replace(
+            ruled, use_muon=True, reason=f"muon_names {glob!r}", reading=Reading(flatten), doubt=doubt
+        )
     return routes
 
 

@@ -133,7 +133,11 @@ def test_expert_stacks_and_convolutions_equal_separate_matrices():
     apart = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     apart.append(nn.Parameter(kernel.detach().flatten(1).clone()))
     together = distmuon.Muon(
-        [{"params": [stack], "use_muon": True}, {"params": [kernel], "use_muon": True, "flatten": True}], lr=0.02
+        [
+            {"params": [stack], "use_muon": True, "flatten": False},
+            {"params": [kernel], "use_muon": True, "flatten": True},
+        ],
+        lr=0.02,
     )
     separate = distmuon.Muon([{"params": apart, "use_muon": True}], lr=0.02)
     for _ in range(3):

@@ -85,7 +85,7 @@ def plan(*arguments):
 def test_builtin_models_have_the_published_sizes(name, billions, matrices):
     model = load_model(name)
     assert model.numel / 1e9 == pytest.approx(billions, rel=2e-3)
-    assert sum(p.matrices.count for p in model.on_muon) == matrices
+    assert sum(p.count for p in model.on_muon) == matrices
     assert name in builtin_names()
 
 
@@ -96,7 +96,7 @@ def test_a_token_goes_through_its_experts_alone(name, billions):
 
 def test_experts_count_by_the_part_that_is_chosen(experts):
     assert experts.active == 2 * (8 * 256 * 64) * 2 // 8 + 2 * 512 * 512 + 100 * 64
-    assert [p.matrices.count for p in experts.on_muon] == [8, 8, 1, 1]
+    assert [p.count for p in experts.on_muon] == [8, 8, 1, 1]
 
 
 def test_a_config_in_json_a_folder_and_a_type_that_is_named_by_its_class(tmp_path):
@@ -106,7 +106,7 @@ def test_a_config_in_json_a_folder_and_a_type_that_is_named_by_its_class(tmp_pat
     other.write_text(json.dumps({"model_type": "private", "architectures": ["GPT2LMHeadModel"], **config}))
     for where in (tmp_path, tmp_path / "config.json", other):
         model = load_model(str(where))
-        assert [p.matrices.count for p in model.on_muon] == [1] * 12
+        assert [p.count for p in model.on_muon] == [1] * 12
     assert model.name == "tiny"
 
 

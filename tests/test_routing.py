@@ -178,7 +178,9 @@ def test_unknown_matrix_axes_are_an_error():
     names=st.lists(st.sampled_from(["a", "embed_tokens", "lm_head", "wte", "mlp"]), min_size=6, max_size=6),
 )
 def test_every_parameter_is_routed_once(shapes, names):
-    named = [(f"{names[i]}.{i}x.weight", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
+    # three axes need a name that tells what the first one counts
+    ends = [f"{i}x.experts" if len(shape) == 3 else f"{i}x.weight" for i, shape in enumerate(shapes)]
+    named = [(f"{names[i]}.{ends[i]}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
     routes = route_named(named)
     assert list(routes) == [name for name, _ in named]
     for name, param in named:

@@ -14,6 +14,7 @@ from distmuon.checkpoint.matching import Match, find_match
 from distmuon.checkpoint.routing_table import enumerate_differences
 from distmuon.comm.layout import lay_out
 from distmuon.groups import Group, group_names
+from distmuon.plan.reading import READING_KEYS
 
 _RESET = contextvars.ContextVar("distmuon.checkpoint.reset_changed", default=False)
 
@@ -64,7 +65,7 @@ def fit(state_dict: Mapping[str, Any], groups: Sequence[Group], *, changed: str)
     match = find_match(state_dict["param_groups"], state_dict["state"], groups, reset=reset)
     if not reset:
         _refuse_changes(match)
-    _warn_of_changes(match)
+    _warn_of_changes(match, groups)
     merged, state = _assemble(match, state_dict["state"], groups)
     return {**state_dict, "state": state, "param_groups": merged}
 
@@ -83,8 +84,8 @@ def _refuse_changes(match: Match) -> None:
         )
 
 
-def _warn_of_changes(match: Match) -> None:
-    texts = []
+def _warn_of_changes(match: Match, groups: Sequence[Group]) -> None:
+    texts = [*_other_readings(match, groups)]
     if match.found:
         texts.append(f"these parameters changed and start without state: {enumerate_differences(match.found)}")
     if match.elsewhere:
@@ -94,6 +95,16 @@ def _warn_of_changes(match: Match) -> None:
         texts.append(f"no saved group has the parameters of group {', '.join(unset)}, which keeps its settings")
     if texts:
         warnings.warn(f"{'; '.join(texts)}.", stacklevel=4)
+
+
+def _other_readings(match: Match, groups: Sequence[Group]) -> Iterator[str]:
+    """What saved groups on Muon say of the axes of their parameters that the present ones do not."""
+    for index, (group, settings) in enumerate(zip(groups, match.settings, strict=True)):
+        saved = _settings({key: settings[key] for key in READING_KEYS if key in settings}) if settings else {}
+        other = [f"{key}={value!r}" for key, value in saved.items() if group["use_muon"] and value != group.get(key)]
+        if other:
+            kept = [f"{key}={group[key]!r}" for key in READING_KEYS if f"{key}={saved.get(key)!r}" in other]
+            yield f"group {index} was saved with {', '.join(other)} and keeps its own {', '.join(kept)}"
 
 
 def _assemble(
@@ -123,8 +134,8 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _own(group: Group) -> dict[str, Any]:
-    """What a group keeps of its own: who its parameters are, and who updates them."""
-    return {key: group[key] for key in ("use_muon", "param_names") if key in group}
+    """What a group keeps of its own: who its parameters are, who updates them, and what their axes mean."""
+    return {key: group[key] for key in ("use_muon", "param_names", *READING_KEYS) if key in group}
 
 
 def _lay_out(what: str, value: Any, param: Tensor) -> Any:

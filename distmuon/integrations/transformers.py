@@ -11,9 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from distmuon.comm.group import default_group, distributed
 from distmuon.groups import group_names
+from distmuon.matrices import blocks_in
 from distmuon.muon import Muon
 from distmuon.numerics.update import lr_scale
-from distmuon.plan.matrices import matrix_spec
 
 
 class MuonFactory:
@@ -94,8 +94,8 @@ def _rates(optimizer: Muon, lrs: Sequence[float | Tensor]) -> dict[str, float]:
         rates.setdefault("lr/muon" if group["use_muon"] else "lr/adamw", lr)
         if group["use_muon"]:
             for name, param in zip(group_names(group, "group"), group["params"], strict=True):
-                spec = matrix_spec(name, param.shape, flatten=group["flatten"])
-                effective.append(lr * lr_scale(group["adjust_lr_fn"], spec.rows, spec.cols))
+                specs = [block.matrices for block in blocks_in(group, name, param)]
+                effective += [lr * lr_scale(group["adjust_lr_fn"], *spec.logical) for spec in specs]
     if effective:
         rates |= {"lr/muon_effective_min": min(effective), "lr/muon_effective_max": max(effective)}
     return rates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ class MatrixSpec:
     Attributes:
         parameter: Its name.
         count: Number of matrices: 1, or the experts of an ``[E, m, n]`` stack.
-        rows: Rows of each, the output features.
-        cols: Columns of each, the input features.
+        rows: Rows of each as stored: the output features, unless transposed.
+        cols: Columns of each as stored.
+        transposed: Whether rows are the input features.
     """
 
     parameter: str
     count: int
     rows: int
     cols: int
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -33,8 +36,19 @@ class MatrixSpec:
         """Whether a matrix has a single row or column, so that its polar factor is its direction only."""
         return min(self.rows, self.cols) < 2
 
+    @property
+    def logical(self) -> tuple[int, int]:
+        """Output and input features, which decide the learning rate."""
+        return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
+
+    @functools.cached_property
+    def alike(self) -> MatrixSpec:
+        """What matrices of one shape have in common, whatever parameter they are of."""
+        return MatrixSpec("", 1, self.rows, self.cols, self.transposed)
+
     def __str__(self) -> str:
-        shape = f"{self.rows} x {self.cols}"
+        out, into = self.logical
+        shape = f"{out} x {into}"
         return shape if self.count == 1 else f"{self.count} of {shape}"
 
 

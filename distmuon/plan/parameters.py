@@ -27,7 +27,7 @@ class TeamCost:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter on Muon as a plan sees it.
+    """A parameter on Muon, or a block of one, as a plan sees it.
 
     Attributes:
         matrices: Its name and the matrices in it.
@@ -37,6 +37,7 @@ class ParameterSpec:
         kind: What must be equal inside a bucket beside the shape, such as dtype and iteration.
         cost: Time to orthogonalize one of its matrices, in any unit.
         teams: Teams that may own one of its matrices, by ascending size; none: a single rank does.
+        whole: Whether it is all of a parameter; else a block of one, whose other blocks may have other owners.
     """
 
     matrices: MatrixSpec
@@ -46,6 +47,7 @@ class ParameterSpec:
     kind: str = ""
     cost: int = 1
     teams: tuple[TeamCost, ...] = ()
+    whole: bool = True
 
     @property
     def name(self) -> str:
@@ -74,7 +76,16 @@ class ParameterSpec:
 
     def digest(self) -> str:
         """SHA-256 of everything in it, the same in every process."""
-        facts = (self.matrices, self.shape, self.group, self.kind, self.cost, self.teams, self.layout.digest)
+        facts = (
+            self.matrices,
+            self.shape,
+            self.group,
+            self.kind,
+            self.cost,
+            self.teams,
+            self.whole,
+            self.layout.digest,
+        )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @property

@@ -51,13 +51,13 @@ class Plan:
 
     @functools.cached_property
     def sole_owners(self) -> dict[int, int]:
-        """The owner of each parameter that every rank stores whole and one rank owns whole, by place."""
+        """The owner of each whole parameter that every rank stores and one rank owns, by place."""
         owners: dict[int, set[int]] = {}
         apart = set()
         for bucket in self.buckets:
             for assignment in bucket.assignments:
                 owners.setdefault(assignment.parameter, set()).add(assignment.owner)
-                if not bucket.replicated:
+                if not (bucket.replicated and self.parameters[assignment.parameter].whole):
                     apart.add(assignment.parameter)
         return {place: next(iter(found)) for place, found in owners.items() if len(found) == 1 and place not in apart}
 

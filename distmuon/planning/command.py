@@ -85,6 +85,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--bucket-mib", type=float, default=64.0, metavar="X", help="bucket_bytes of distmuon.Muon, in MiB (64)")
     add("--engine", choices=_ENGINES, metavar="NAME", help=f"{', '.join(_ENGINES)}; else of the config, else auto")
     add("--dtype", choices=_DTYPES, help="of the iteration and of what travels; else of the config, else bfloat16")
+    add("--matrices", choices=("auto", "heads"), metavar="WORD", help="as of distmuon.Muon: auto or heads; else whole")
     add("--no-teams", action="store_true", help="whole matrices have single owners")
     add("--tokens-per-gpu", type=int, default=8192, metavar="N", help="tokens of a training step for each rank (8192)")
     add("--no-advice", action="store_true", help="try no other layouts and bucket sizes")

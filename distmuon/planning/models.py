@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from distmuon.groups import as_groups
-from distmuon.plan.matrices import MatrixSpec, matrix_spec
+from distmuon.matrices import Matrices, blocks_in
+from distmuon.plan.blocks import Block
+from distmuon.plan.matrices import MatrixSpec
 from distmuon.usage import UsageError
 
 if TYPE_CHECKING:
@@ -32,13 +34,23 @@ class Parameter:
         name: Its name.
         shape: Its global shape.
         group: Index of its group, as :class:`distmuon.Muon` makes them of a module.
-        matrices: The matrices in it; None: AdamW takes it.
+        blocks: The matrices in it, in one block or several; none: AdamW takes it.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int
-    matrices: MatrixSpec | None
+    blocks: tuple[Block, ...]
+
+    @property
+    def on_muon(self) -> bool:
+        """Whether it holds matrices."""
+        return bool(self.blocks)
+
+    @property
+    def specs(self) -> tuple[MatrixSpec, ...]:
+        """The matrices of its blocks."""
+        return tuple(block.matrices for block in self.blocks)
 
     @property
     def numel(self) -> int:
@@ -46,9 +58,14 @@ class Parameter:
         return torch.Size(self.shape).numel()
 
     @property
+    def count(self) -> int:
+        """How many matrices it holds."""
+        return sum(spec.count for spec in self.specs)
+
+    @property
     def stacked(self) -> bool:
         """Whether its first axis counts matrices, as that of experts does."""
-        return self.matrices is not None and self.matrices.count > 1 and len(self.shape) == 3
+        return len(self.shape) == 3 and any(spec.count > 1 for spec in self.specs)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class Model:
     @property
     def on_muon(self) -> tuple[Parameter, ...]:
         """The parameters that hold matrices."""
-        return tuple(parameter for parameter in self.parameters if parameter.matrices is not None)
+        return tuple(parameter for parameter in self.parameters if parameter.on_muon)
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -83,22 +100,23 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _BUILTIN.glob("*.json")))
 
 
-def load_model(text: str) -> Model:
+def load_model(text: str, matrices: Matrices = None) -> Model:
     """Build a model on the meta device.
 
     Args:
         text: A trainer's config (YAML), a transformers config (a JSON file, or a folder that has a config.json), or
             one of :func:`builtin_names`.
+        matrices: As :class:`distmuon.Muon` takes it; None: as a trainer's config says, or whole.
 
     Raises:
         UsageError: if there is no such model, or transformers cannot build it.
     """
     path = pathlib.Path(text)
     if path.suffix in (".yaml", ".yml"):
-        return _of_trainer(path)
+        return _of_trainer(path, matrices)
     builtin = _BUILTIN / f"{text}.json"
     if builtin.exists():
-        return _of_json(builtin, text)
+        return _of_json(builtin, text, matrices)
     if path.is_dir():
         path /= "config.json"
         if not path.exists():
@@ -106,7 +124,7 @@ def load_model(text: str) -> Model:
                 f"--model {text}: the folder {text} has no config.json: give the folder of a transformers model."
             )
     if path.suffix == ".json":
-        return _of_json(path, path.parent.name if path.name == "config.json" else path.stem)
+        return _of_json(path, path.parent.name if path.name == "config.json" else path.stem, matrices)
     near = difflib.get_close_matches(text, builtin_names(), n=1)
     advice = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(builtin_names())}."
     raise UsageError(
@@ -127,18 +145,18 @@ def of_module(
         chosen: Experts that a token goes through.
         optim: Arguments of the optimizer.
     """
-    groups, _ = as_groups(model, muon_names=(), adamw_names=())
+    optim = optim or {}
+    groups, _ = as_groups(model, muon_names=(), adamw_names=(), matrices=optim.get("matrices"))
     parameters = []
     for index, group in enumerate(groups):
         for parameter_name, tensor in group["params"]:
             shape = tuple(tensor.shape)
-            muon = group["use_muon"]
-            matrices = matrix_spec(parameter_name, shape, flatten=group["flatten"]) if muon else None
-            parameters.append(Parameter(parameter_name, shape, index, matrices))
+            blocks = blocks_in(group, parameter_name, tensor) if group["use_muon"] else ()
+            parameters.append(Parameter(parameter_name, shape, index, blocks))
     active = sum(
         p.numel * chosen // experts if experts and p.stacked and p.shape[0] == experts else p.numel for p in parameters
     )
-    return Model(name, tuple(parameters), active - _looked_up(model), optim or {})
+    return Model(name, tuple(parameters), active - _looked_up(model), optim)
 
 
 def _looked_up(model: nn.Module) -> int:
@@ -150,7 +168,7 @@ def _looked_up(model: nn.Module) -> int:
     return embedding.weight.numel()
 
 
-def _of_json(path: pathlib.Path, name: str) -> Model:
+def _of_json(path: pathlib.Path, name: str, matrices: Matrices) -> Model:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -175,7 +193,7 @@ def _of_json(path: pathlib.Path, name: str) -> Model:
         config = kind.from_dict(settings)
     except Exception as error:  # transformers has several kinds for this
         raise UsageError(f"--model {path} is refused by transformers ({_reason(error)}): correct it.") from error
-    return _build(config, name, str(path))
+    return _build(config, name, str(path), {} if matrices is None else {"matrices": matrices})
 
 
 def _type_of(settings: Mapping[str, Any]) -> str:
@@ -192,7 +210,7 @@ def _type_of(settings: Mapping[str, Any]) -> str:
     return kind
 
 
-def _of_trainer(path: pathlib.Path) -> Model:
+def _of_trainer(path: pathlib.Path, matrices: Matrices) -> Model:
     from distmuon.pretrain import UserError, load_config
     from distmuon.pretrain.data import open_tokenizer
     from distmuon.pretrain.model import model_config
@@ -204,7 +222,8 @@ def _of_trainer(path: pathlib.Path) -> Model:
         built = model_config(config.model, vocabulary, config.data.sequence_length)
     except UserError as error:
         raise UsageError(str(error).replace("--config ", "--model ", 1)) from error
-    return _build(built, path.stem, str(path), muon_options(config.optim))
+    optim = muon_options(config.optim)
+    return _build(built, path.stem, str(path), optim if matrices is None else {**optim, "matrices": matrices})
 
 
 def _build(config: PretrainedConfig, name: str, where: str, optim: Mapping[str, Any] | None = None) -> Model:
@@ -220,7 +239,10 @@ def _build(config: PretrainedConfig, name: str, where: str, optim: Mapping[str, 
         ) from error
     experts = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), 0)
     chosen = getattr(config, "num_experts_per_tok", None) or experts
-    return of_module(name, model, experts=experts, chosen=chosen, optim=optim)
+    try:
+        return of_module(name, model, experts=experts, chosen=chosen, optim=optim)
+    except ValueError as error:
+        raise UsageError(f"--model {where} cannot be taken apart ({_reason(error)}).") from error
 
 
 def _reason(error: Exception) -> str:
@@ -233,10 +255,9 @@ def shapes(model: Model) -> Iterator[tuple[MatrixSpec, int]]:
     counts: dict[tuple[int, int], int] = {}
     first: dict[tuple[int, int], MatrixSpec] = {}
     for parameter in model.on_muon:
-        matrices = parameter.matrices
-        assert matrices is not None
-        key = (matrices.rows, matrices.cols)
-        counts[key] = counts.get(key, 0) + matrices.count
-        first.setdefault(key, matrices)
+        for matrices in parameter.specs:
+            key = (matrices.rows, matrices.cols)
+            counts[key] = counts.get(key, 0) + matrices.count
+            first.setdefault(key, matrices)
     for key, count in counts.items():
         yield first[key], count

@@ -65,7 +65,7 @@ def headline(prediction: Prediction) -> str:
     """What is predicted, in a line."""
     setup = prediction.setup
     layout, model = setup.layout, setup.model
-    count = sum(p.matrices.count for p in model.on_muon if p.matrices is not None)
+    count = sum(p.count for p in model.on_muon)
     numel = sum(p.numel for p in model.on_muon)
     where = f"{layout.nodes} node{'s' * (layout.nodes > 1)} of {layout.gpus_per_node} x {setup.device.name}"
     return (

@@ -89,7 +89,7 @@ def read_setup(known: argparse.Namespace) -> Setup:
         UsageError: naming the option.
     """
     layout = make_layout(known.parallel, known.nodes, known.gpus_per_node, known.expert_parallel)
-    model = load_model(known.model)
+    model = load_model(known.model, known.matrices)
     if not model.on_muon:
         raise UsageError(f"--model {known.model} has no matrix that Muon would take: there is nothing to plan.")
     if layout.expert_parallel > 1:

@@ -9,6 +9,7 @@ import torch
 
 from distmuon.costing import owner_cost, pace_of, team_costs
 from distmuon.numerics.recipe import Request
+from distmuon.plan.blocks import Placing
 from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import ParameterSpec
 from distmuon.plan.plan import Plan
@@ -67,21 +68,23 @@ def specs_of(setup: Setup) -> list[ParameterSpec]:
     """What :func:`distmuon.plan.plan.build_plan` takes."""
     nodes, device, table = setup.layout.node_ranks, setup.device.torch_device, setup.device.table
     hold = holder(setup.layout)
+    placing = Placing()
     found = []
     for parameter in setup.model.on_muon:
-        matrices = parameter.matrices
-        assert matrices is not None
-        rows, cols = matrices.rows, matrices.cols
-        spec = ParameterSpec(
-            matrices=matrices,
-            shape=parameter.shape,
-            holdings=hold(parameter.shape, parameter.stacked),
-            group=parameter.group,
-            kind=f"{device.type} float32 {setup.request.coefficients} {setup.request.steps} {setup.eps}",
-            cost=owner_cost(rows, cols, device, setup.request, table),
-        )
-        if setup.teams and setup.layout.world > 1:
-            extent = parameter.shape[spec.slab_axis]
-            spec = replace(spec, teams=team_costs(rows, cols, extent, device, setup.request, table, nodes))
-        found.append(spec)
+        stored = hold(parameter.shape, parameter.stacked)
+        for _, block, held in placing.place(parameter.name, parameter.blocks, stored):
+            rows, cols = block.matrices.rows, block.matrices.cols
+            spec = ParameterSpec(
+                matrices=block.matrices,
+                shape=block.shape,
+                holdings=held,
+                group=parameter.group,
+                kind=f"{device.type} float32 {setup.request.coefficients} {setup.request.steps} {setup.eps}",
+                cost=owner_cost(rows, cols, device, setup.request, table),
+                whole=block.cut is None,
+            )
+            if setup.teams and setup.layout.world > 1:
+                extent = block.shape[spec.slab_axis]
+                spec = replace(spec, teams=team_costs(rows, cols, extent, device, setup.request, table, nodes))
+            found.append(spec)
     return found

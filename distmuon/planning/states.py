@@ -33,7 +33,7 @@ class States:
 def states_of(model: Model, layout: Layout) -> list[States]:
     """By rank."""
     hold = holder(layout)
-    alike = Counter((p.shape, p.stacked, p.matrices is not None) for p in model.parameters)
+    alike = Counter((p.shape, p.stacked, p.on_muon) for p in model.parameters)
     muon, adamw = [0] * layout.world, [0] * layout.world
     for (shape, stacked, on_muon), count in alike.items():
         kept = muon if on_muon else adamw

@@ -19,11 +19,12 @@ from distmuon.checkpoint.formats.entries import (
     write_groups,
 )
 from distmuon.groups import GROUP_KEYS
+from distmuon.plan.reading import READING_KEYS
 
 _REQUIRED = ("use_muon", "lr", "weight_decay", "momentum", "adjust_lr_fn", "flatten", "betas")
 _OPTIONAL = tuple(key for key in GROUP_KEYS if key not in (*_REQUIRED, "params"))
 # What a group has beside the settings of its matrices
-_NOT_MUON = ("use_muon", "flatten", "betas", "name")
+_NOT_MUON = ("use_muon", *READING_KEYS, "betas", "name")
 
 
 class DistMuon:

@@ -1,0 +1,130 @@
+"""What a parameter is read as: the argument ``matrices``, and the keys of its group."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from distmuon.plan.blocks import Block, blocks_of
+from distmuon.plan.reading import READING_KEYS, Reading
+
+if TYPE_CHECKING:
+    from distmuon.routing import Route
+
+Change: TypeAlias = "Callable[[Route], Route]"
+Matrices: TypeAlias = "str | Mapping[str, str | Mapping[str, Any]] | None"
+
+_WORDS = ("auto", "heads", "whole")
+
+
+def blocks_in(group: Mapping[str, Any], name: str, param: Tensor) -> tuple[Block, ...]:
+    """The blocks of a parameter on Muon, as the keys of its group say.
+
+    Raises:
+        ValueError: as :class:`~distmuon.plan.reading.Reading` and :func:`~distmuon.plan.blocks.blocks_of`.
+    """
+    return blocks_of(name, tuple(param.shape), Reading.of(group))
+
+
+def declare(
+    routes: Mapping[str, Route], params: Mapping[str, Tensor], matrices: Matrices, *, names_only: bool = False
+) -> dict[str, Route]:
+    """Give routes the readings that the user asks for.
+
+    Args:
+        routes: By clean name.
+        params: The parameters.
+        matrices: See :class:`distmuon.Muon`; later globs win.
+        names_only: Whether there are no modules in which presets could be looked up.
+
+    Raises:
+        ValueError: for a word, key or value that means nothing, a glob without a matrix, a reading that a shape does
+            not fit, and a parameter on Muon that could be read in two ways and is not declared.
+    """
+    routes = dict(routes)
+    wanted = {} if matrices is None else {"*": matrices} if isinstance(matrices, str) else matrices
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"matrices is a {type(wanted).__name__}: it is {_known_words()}, or a dict by name globs.")
+    for glob, asked in wanted.items():
+        matches = [name for name in fnmatch.filter(routes, glob) if routes[name].use_muon]
+        if not matches:
+            on_muon = [name for name, route in routes.items() if route.use_muon]
+            raise ValueError(
+                f"the glob {glob!r} in matrices matches no parameter on Muon; their names look like "
+                f"{', '.join(on_muon[:3])}."
+            )
+        change = _by_word(asked, names_only) if isinstance(asked, str) else _by_keys(glob, asked)
+        for name in matches:
+            try:
+                routes[name] = change(routes[name])
+                blocks_of(name, tuple(params[name].shape), routes[name].reading)
+            except _MeaninglessError as error:
+                raise ValueError(f"matrices[{glob!r}] {error}") from None
+    for route in routes.values():
+        if route.use_muon and route.doubt:
+            raise ValueError(route.doubt)
+    return routes
+
+
+def unclear_axes(name: str, param: Tensor) -> str:
+    """The message for a parameter of three or more axes, of which nothing says what they mean."""
+    shape = tuple(param.shape)
+    flat = f"one matrix of {shape[0]} x {param.numel() // max(1, shape[0])}"
+    stack = (
+        f"a stack of {shape[0]} matrices of {shape[1]} x {shape[2]} (flatten=False), or as " if len(shape) == 3 else ""
+    )
+    return (
+        f"parameter {name!r} has shape {shape}, whose matrix axes are not known: it can be read as {stack}{flat}, as a "
+        "convolution (out, in * kernel) is (flatten=True). Say which by the key flatten of its group, or by name: "
+        "matrices={name: {'flatten': ...}}; or give it to AdamW by use_muon=False or adamw_names."
+    )
+
+
+class _MeaninglessError(Exception):
+    """A reading that contradicts itself."""
+
+
+def _by_word(word: str, names_only: bool) -> Change:
+    if word not in _WORDS:
+        raise ValueError(f"matrices={word!r} is unknown: it is {_known_words()}, or a dict by name globs.")
+    if names_only and word != "whole":
+        raise ValueError(
+            f"matrices={word!r} looks at modules, and there are names alone: pass the module itself, or a dict by name "
+            "globs."
+        )
+
+    def change(route: Route) -> Route:
+        if word == "whole" or route.preset is None:
+            return replace(route, reading=Reading(flatten=route.reading.flatten))
+        return replace(route, reading=route.preset.by(word))
+
+    return change
+
+
+def _by_keys(glob: str, keys: object) -> Change:
+    if not isinstance(keys, Mapping):
+        raise ValueError(f"matrices[{glob!r}] is {keys!r}: it is {_known_words()}, or a dict of group keys.")
+    for key in keys:
+        if key not in READING_KEYS:
+            near = difflib.get_close_matches(str(key), READING_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(READING_KEYS)}."
+            raise ValueError(f"matrices[{glob!r}] has the unknown key {key!r}: {hint}")
+
+    def change(route: Route) -> Route:
+        try:
+            reading = Reading.of({**route.reading.keys, **keys})
+        except ValueError as error:
+            raise _MeaninglessError(error) from None
+        said = "flatten" in keys or "transposed" in keys
+        return replace(route, reading=reading, doubt="" if said else route.doubt)
+
+    return change
+
+
+def _known_words() -> str:
+    return ", ".join(map(repr, _WORDS))
