@@ -164,8 +164,9 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
 
 
 def _bound_settings(group: Group) -> list[Any]:
-    """What a plan depends on: matrices of one bucket share their iteration."""
-    return [group[key] for key in ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps")]
+    """What a plan depends on: matrices of one bucket share their iteration, and ``model.to`` moves parameters."""
+    tensors = [(param.dtype, param.device) for param in group["params"]]
+    return [tensors, *(group[key] for key in ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps"))]
 
 
 def _shared(

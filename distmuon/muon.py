@@ -36,7 +36,7 @@ from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
 from distmuon.plan.reading import WHOLE
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
-from distmuon.rest import complete_state, create_state, step_adamw
+from distmuon.rest import complete_state, create_state, follow_parameters, step_adamw
 from distmuon.stats import StepClock, step_stats
 
 logger = logging.getLogger("distmuon")
@@ -194,6 +194,8 @@ class Muon(Optimizer):
         self._binding: Binding | None = None
         self._clock = StepClock(step_stats)
         self._momentum_is_split = False
+        self._lost_mesh = False
+        self._warned_of_no_gradients = False
         self.skipped_steps = 0
         self._mesh = replicas_of(params) if mesh is None else mesh
         self._stages = None if stages is None else as_group(stages)
@@ -293,6 +295,7 @@ class Muon(Optimizer):
             self.skipped_steps += 1
             logger.warning("a step is left out: NaN or an infinity in the gradient of %s", error.found)
             return False
+        self._warn_of_no_gradients(turns)
         for turn in turns:
             create_state(turn, self.state, self._options)
             if not turn.idle:
@@ -374,11 +377,7 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: if momentum is on its owners only and was not consolidated since the last step.
         """
-        if self._momentum_is_split:
-            raise RuntimeError(
-                "with distmuon.ddp_hook each rank keeps momentum of its own matrices only: call "
-                "optimizer.consolidate_state_dict() on all ranks before state_dict()."
-            )
+        self._check_consolidated()
         complete_state(self.param_groups, self.state, self._options)
         return super().state_dict()
 
@@ -434,22 +433,43 @@ class Muon(Optimizer):
         return build_report(self.param_groups, self._routes, self._options, pipelines)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_consolidated()
+        return {**self._copied(), "_lost_mesh": self._mesh is not None or self._stages is not None}
+
+    def _copied(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options, "_routes": self._routes}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Muon:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone.__setstate__(copy.deepcopy(self._copied(), memo))
+        clone._momentum_is_split = self._momentum_is_split
         clone._mesh, clone._stages = self._mesh, self._stages  # a process group is shared, not copied
         return clone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this on a copy, which lacks what is not pickled, and on itself when it loads a state dict
         lost = {"_binding": None, "_mesh": None, "_stages": None, "_momentum_is_split": False, "skipped_steps": 0}
-        for key, value in lost.items():
+        for key, value in {**lost, "_lost_mesh": False, "_warned_of_no_gradients": False}.items():
             self.__dict__.setdefault(key, value)
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
+
+    def _warn_of_no_gradients(self, turns: Sequence[Turn]) -> None:
+        """Tell once of a step in which nothing takes part, as when the model has other parameters by now."""
+        if not self._warned_of_no_gradients and not any(any(turn.active) for turn in turns):
+            self._warned_of_no_gradients = True
+            logger.warning(
+                "no parameter has a gradient in this step. If the model had a backward pass, its parameters are not "
+                "those of the optimizer: make the optimizer after fully_shard, and after what replaces parameters."
+            )
+
+    def _check_consolidated(self) -> None:
+        if self._momentum_is_split:
+            raise RuntimeError(
+                "with distmuon.ddp_hook each rank keeps momentum of its own matrices only: call "
+                "optimizer.consolidate_state_dict() on all ranks before state_dict()."
+            )
 
     def _turns(self, beside: Sequence[dict[str, Any]]) -> list[Turn]:
         """What each part does in this step, agreed by all ranks."""
@@ -472,6 +492,13 @@ class Muon(Optimizer):
         """Read layouts and plan, again when parameters were added or swapped (accelerate swaps them all)."""
         first = self._binding is None
         self.consolidate_state_dict()
+        follow_parameters(self.param_groups, self.state, self._options)
+        if self._lost_mesh and self._mesh is None:
+            logger.warning(
+                "this optimizer was pickled, and mesh and stages are not kept then: each rank updates its plain "
+                "parameters by itself. Build the optimizer anew and load the state dict of the pickled one."
+            )
+            self._lost_mesh = False
         self._binding = bind(self.param_groups, self._options, self._mesh, self._clock)
         if first and logger.isEnabledFor(logging.INFO):
             logger.info("routing\n%s", self.report())

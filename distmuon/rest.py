@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,19 @@ def complete_state(
         for param, use_muon in params:
             if param.requires_grad and not state.get(param):
                 state[param] = _blank_state(param, use_muon, options)
+
+
+def follow_parameters(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], options: Options) -> None:
+    """Bring state to the device and dtype of its parameter, which ``model.to`` moves without it."""
+    for group in groups:
+        for param in group["params"]:
+            kept = state.get(param) or {}
+            for key, value in kept.items():
+                if key != "step":
+                    dtype = (options.momentum_dtype if group["use_muon"] else None) or param.dtype
+                    kept[key] = value.to(device=param.device, dtype=dtype)
+                elif options.fused:
+                    kept[key] = value.to(device=param.device)
 
 
 def _blank_state(param: Tensor, use_muon: bool, options: Options) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """distmuon.wrap over sharded and replicated models: both parts to the bit, and state through torch's checkpoints."""
 
 import copy
+import logging
+import pickle
 
 import pytest
 import torch
@@ -203,3 +205,45 @@ def in_backward():
 
 def test_optimizers_in_backward_of_fsdp(pool):
     assert pool.run(in_backward) == [[]] * 2
+
+
+def pickled():
+    """A pickled optimizer has no mesh: the same updates, each rank for itself, and a message that says so."""
+    model, twin = replicated(), replicated()
+    optimizer = distmuon.Muon(model, lr=1e-2, adamw_lr=1e-2, teams=False)
+    train(model, [optimizer], range(2))
+    twin.load_state_dict(model.state_dict())
+    inside = copy.deepcopy(optimizer)
+    shared = copy.deepcopy(optimizer)._mesh is optimizer._mesh
+    module, loose = pickle.loads(pickle.dumps((model.module, optimizer)))
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("distmuon").addHandler(handler)
+    for step in range(2, 4):
+        optimizer.zero_grad()
+        backward(model, step)
+        for param, other in zip(model.parameters(), module.parameters(), strict=True):
+            other.grad = param.grad.clone()
+        optimizer.step()
+        loose.step()
+    return shared, differing(model.module, module), [text.split(",")[0] for text in told], len(inside.state)
+
+
+def test_a_pickled_optimizer_says_that_it_has_no_mesh(pool):
+    assert pool.run(pickled) == [(True, [], ["this optimizer was pickled"], 9)] * 2
+
+
+def pickled_with_hook():
+    model = replicated()
+    optimizer = distmuon.Muon(model, lr=1e-2, adamw_lr=1e-2, teams=False)
+    model.register_comm_hook(optimizer, distmuon.ddp_hook)
+    train(model, [optimizer], range(2))
+    try:
+        pickle.dumps(optimizer)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_momentum_of_owners_alone_is_not_pickled(pool):
+    assert all("consolidate_state_dict() on all ranks" in text for text in pool.run(pickled_with_hook))
