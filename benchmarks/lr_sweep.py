@@ -1,7 +1,7 @@
 """Which learning rates carry over from a narrow model to a wide one? Each ``adjust_lr_fn`` at widths 128 to 1024.
 
-    python benchmarks/lr_sweep.py --picture docs/lr_sweep.png    # about 45 minutes on one CPU core
-    python benchmarks/lr_sweep.py --widths 128 256               # two minutes
+    python benchmarks/lr_sweep.py --picture docs/lr_sweep.png    # 52 minutes on a core shared with other work
+    python benchmarks/lr_sweep.py --widths 128 256               # the narrow ones alone
 
 A Llama of one layer learns the built-in corpus, byte by byte, for 60 steps of 512 tokens, with warm-up and a straight
 line to zero. Learning rates of the matrices are apart by factors of two; AdamW's, for embedding, head and norms, is the
