@@ -336,6 +336,24 @@ def test_globs_choose():
     assert optimizer.muon.param_groups[0]["param_names"] == ["down.weight", "head.weight"]
 
 
+def test_matrices_inside_of_parameters_are_declared_as_to_muon():
+    matrices = {"up.weight": {"split_sizes": (64, 32)}}
+    model, twin = make_model(), make_model()
+    optimizer = distmuon.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-3), matrices=matrices)
+    reference = distmuon.Muon(
+        twin,
+        lr=1e-3,
+        weight_decay=0.01,
+        adjust_lr_fn="match_rms_adamw",
+        adamw_betas=(0.9, 0.999),
+        matrices=matrices,
+    )
+    assert sorted(g["split_sizes"] or () for g in optimizer.muon.param_groups) == [(), (64, 32)]
+    for net, opt in ((model, optimizer), (twin, reference)):
+        train(net, [opt], range(2))
+    assert_same(model, twin)
+
+
 def test_state_dicts_go_between_wrap_and_muon():
     """Where the rest is torch.optim.AdamW, the two are one optimizer."""
     keywords = {"lr": 1e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", **AS_TORCH}
