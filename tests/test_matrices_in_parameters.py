@@ -355,12 +355,16 @@ KINDS = {
     "gpt2": SIZES,
     "llama": SIZES | GQA,
     "qwen3": SIZES | GQA,
+    "mistral": SIZES | GQA,
+    "qwen2": SIZES | GQA,
     "gemma": SIZES | GQA,
+    "gemma2": SIZES | GQA,
     "gemma3_text": SIZES | GQA,
     "phi": SIZES | dict(num_key_value_heads=2, intermediate_size=20, partial_rotary_factor=1.0),
     "phi3": SIZES | dict(num_key_value_heads=2, intermediate_size=20),
     "mixtral": SIZES | GQA | EXPERTS,
     "qwen3_moe": SIZES | GQA | EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=[]),
+    "olmoe": SIZES | GQA | EXPERTS | dict(intermediate_size=10),
     "gpt_oss": SIZES | GQA | EXPERTS,
     "deepseek_v3": SIZES | LATENT | EXPERTS,
 }
@@ -442,7 +446,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deepseek_v3"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("deepseek_v3", "olmoe")])
 def test_heads(kind):
     model = model_of(kind)
     seen, known = noted(model), presets(model)
@@ -497,7 +501,7 @@ def test_latent_attention():
         assert touched(model, matrix) == ({"out"} if head == ATTENDING_HEAD else set())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"])
 def test_experts(kind):
     """Which expert, gate or up a matrix is, by what the module gives."""
     model, known = model_of(kind), presets(model_of(kind))

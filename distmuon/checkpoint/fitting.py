@@ -100,11 +100,16 @@ def _warn_of_changes(match: Match, groups: Sequence[Group]) -> None:
 def _other_readings(match: Match, groups: Sequence[Group]) -> Iterator[str]:
     """What saved groups on Muon say of the axes of their parameters that the present ones do not."""
     for index, (group, settings) in enumerate(zip(groups, match.settings, strict=True)):
-        saved = _settings({key: settings[key] for key in READING_KEYS if key in settings}) if settings else {}
-        other = [f"{key}={value!r}" for key, value in saved.items() if group["use_muon"] and value != group.get(key)]
-        if other:
-            kept = [f"{key}={group[key]!r}" for key in READING_KEYS if f"{key}={saved.get(key)!r}" in other]
-            yield f"group {index} was saved with {', '.join(other)} and keeps its own {', '.join(kept)}"
+        if settings is None or not group["use_muon"]:
+            continue
+        stacked = any(param.ndim > 2 for param in group["params"])
+        # of two axes nothing is to be flattened
+        keys = [key for key in READING_KEYS if key in settings and (stacked or key != "flatten")]
+        saved = _settings({key: settings[key] for key in keys})
+        changed = [key for key in keys if saved[key] != _as_tuples(group[key])]
+        if changed:
+            theirs, ours = (", ".join(f"{key}={of[key]!r}" for key in changed) for of in (saved, group))
+            yield f"group {index} was saved with {theirs} and keeps its own {ours}"
 
 
 def _assemble(

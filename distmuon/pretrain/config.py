@@ -39,6 +39,8 @@ class OptimConfig:
         ns_engine: What orthogonalizes; auto: the fastest for each shape on this device.
         cost_table: File of `distmuon calibrate` that auto goes by; null: the built-in table.
         teams: Whether several ranks may own a matrix together where the cost table says that it pays.
+        matrices: Which matrices weights hold (docs/matrices.md): auto takes apart what modules fuse, heads attention
+            heads too, or group keys by globs of names; null: each weight is one matrix.
         ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
             rounding of summed gradients is not amplified by bfloat16.
         on_nonfinite: What NaN or an infinity in a gradient does under muon: raise ends the run with the name of the
@@ -66,6 +68,7 @@ class OptimConfig:
     ns_engine: Literal["auto", "standard", "composed", "gram", "rational", "gram_newton_schulz"] = "auto"
     cost_table: str | None = None
     teams: bool = True
+    matrices: Literal["auto", "heads"] | dict[str, Any] | None = None
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     on_nonfinite: Literal["raise", "skip"] | None = "raise"
     verify_exchange: bool = False

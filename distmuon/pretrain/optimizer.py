@@ -75,6 +75,7 @@ def muon_options(config: OptimConfig) -> dict[str, Any]:
         "ns_engine": config.ns_engine,
         "cost_table": config.cost_table,
         "teams": config.teams,
+        "matrices": config.matrices,
         "on_nonfinite": config.on_nonfinite,
         "verify_exchange": config.verify_exchange,
         "ns_dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.ns_dtype],

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import Pool, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import distmuon
 from distmuon.numerics.costs import CostTable, Rates
@@ -34,9 +34,22 @@ CONFIG = LlamaConfig(
 )
 
 
-def module():
+# of 24 + 8 + 8 rows four ranks store 10 each, which cuts blocks and heads
+FUSED = Phi3Config(
+    hidden_size=24,
+    intermediate_size=100,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    vocab_size=64,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+
+
+def module(config=CONFIG):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def owners(plan):
@@ -56,8 +69,8 @@ def waves(plan):
 CUT = dataclasses.replace(TABLE, speeds=Speeds(SLOW, SLOW))
 
 
-def bound(kind, table):
-    model = module()
+def bound(kind, table, config=CONFIG, matrices=None):
+    model = module(config)
     if kind == "ddp":
         model = DistributedDataParallel(model)
     else:
@@ -65,7 +78,7 @@ def bound(kind, table):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01, cost_table=table)
+    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01, cost_table=table, matrices=matrices)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -87,3 +100,17 @@ def test_owners_teams_and_waves_are_those_of_the_optimizer(kind, table):
     assert len(plan.buckets) == (5 if table is CUT else 4)
     for found in run_ranks(bound, 4, kind, table):
         assert found == (owners(plan), waves(plan))
+
+
+def test_blocks_are_those_of_the_optimizer():
+    with Pool(4) as pool:
+        for kind, matrices, queries in [("fsdp", "auto", "0:24"), ("ddp", "heads", "0:24"), ("fsdp", "heads", "0:8")]:
+            setup = Setup(
+                of_module("tiny", module(FUSED), optim={"matrices": matrices}),
+                make_layout(kind, 1, 4),
+                dataclasses.replace(find_device("cpu"), table=TABLE),
+            )
+            plan = plan_of(setup, specs_of(setup))
+            assert f"model.layers.1.self_attn.qkv_proj.weight[{queries}]" in {spec.name for spec in plan.parameters}
+            for found in pool.run(bound, kind, TABLE, FUSED, matrices):
+                assert found == (owners(plan), waves(plan))
