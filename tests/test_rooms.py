@@ -40,6 +40,13 @@ FORBIDDEN = {
         "distmuon.pretrain",
         "torch.distributed",
     ),
+    "qk_clip": (
+        "distmuon.pretrain",
+        "distmuon.calibrating",
+        "distmuon.diagnosing",
+        "distmuon.planning",
+        "torch.distributed",
+    ),
     "planning": ("distmuon.comm", "distmuon.calibrating", "distmuon.diagnosing", "torch.distributed"),
     "": (
         "distmuon.pretrain",
