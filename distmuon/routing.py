@@ -180,8 +180,16 @@ def _heads(root: nn.Module, uses: dict[int, list[_Use]]) -> set[int]:
             rows, cols = use.module.weight.shape
             if parts[-1] in _HEAD_NAMES or (rows != cols and (rows, cols) in vocabularies):
                 heads.add(identity)
-    heads.update(id(param) for param in _last_linear_of_sequential(root))
+    heads.update(id(param) for param in _last_linear_of_sequential(_core(root)))
     return heads
+
+
+def _core(root: nn.Module) -> nn.Module:
+    """What holds all parameters: the model itself, or the one child that has any, as in a LightningModule."""
+    trained = [child for child in root.children() if next(child.parameters(), None) is not None]
+    if len(trained) == 1 and next(root.parameters(recurse=False), None) is None and not isinstance(root, nn.Sequential):
+        return _core(trained[0])
+    return root
 
 
 def _last_linear_of_sequential(root: nn.Module) -> Iterator[Tensor]:

@@ -101,6 +101,20 @@ def test_clean_name(raw, clean):
     assert clean_name(raw) == clean
 
 
+def test_last_linear_of_the_sequential_that_holds_all_parameters_is_the_head():
+    class Task(nn.Module):
+        def __init__(self, *more):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.loss = nn.CrossEntropyLoss()
+            self.more = nn.ModuleList(more)
+
+    routes = route_module(Task())
+    assert not routes["net.2.weight"].use_muon and routes["net.0.weight"].use_muon
+    # with more beside it, it may be any part of the model
+    assert route_module(Task(nn.Linear(4, 4)))["net.2.weight"].use_muon
+
+
 def test_last_linear_of_a_sequential_is_the_head():
     routes = route_module(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)))
     assert [name for name, route in routes.items() if route.use_muon] == ["0.weight", "2.weight"]
