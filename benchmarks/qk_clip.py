@@ -1,0 +1,204 @@
+"""Does QK-Clip keep attention logits in bounds, does the loss suffer, and what does recording cost?
+
+    python benchmarks/qk_clip.py --picture docs/qk_clip.png    # about three minutes on one CPU core
+
+A Llama of two layers learns the built-in corpus by Muon at a learning rate at which its attention logits explode,
+without QK-Clip and with it, from the same weights and over the same batches. Then a step's CPU time is measured for
+sequences of several lengths, with recording in every step, in every tenth, and not at all, in turns. Finished parts are
+kept in the output folder, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import distmuon
+from distmuon.pretrain.data import DataConfig, open_corpus
+
+TAU = 100.0
+# No logit comes near it, so that it records and never clips
+NEVER = 1e30
+TOKENS, BATCH = 128, 8
+MATRIX_LR, OTHER_LR, WARMUP = 0.2, 3e-3, 60
+
+
+@dataclass
+class Trained:
+    """One run: the largest logit of each step's batch before the step's clip, losses in nats a token."""
+
+    max_logits: list[float]
+    losses: list[float]
+    validation: float
+    clips: float
+
+
+@dataclass
+class Cost:
+    """Medians of the milliseconds of CPU time of a step: forward, backward, optimizer."""
+
+    tokens: int
+    off: float
+    every_tenth: float
+    always: float
+
+
+def make_model(vocab_size: int, hidden: int, layers: int, tokens: int) -> nn.Module:
+    """A Llama with heads of 32 dimensions at most, and random weights of seed 0."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(4, hidden // 32),
+        num_key_value_heads=max(4, hidden // 32),
+        max_position_embeddings=tokens,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    return model.train()
+
+
+def train(data: Tensor, held_out: Tensor, vocab_size: int, steps: int, tau: float) -> Trained:
+    """Warm up, then go down in a straight line; nothing decays, as decay too keeps logits small."""
+    model = make_model(vocab_size, 64, 2, TOKENS)
+    settings: dict[str, Any] = {"weight_decay": 0.0, "adamw_lr": OTHER_LR}
+    optimizer = distmuon.MuonClip(model, MATRIX_LR, tau=tau, **settings)
+    assert optimizer.qk_clip is not None
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    draw = torch.Generator().manual_seed(1)
+    done = Trained([], [], 0.0, 0.0)
+    for step in range(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+        starts = torch.randint(0, len(data) - TOKENS - 1, (BATCH,), generator=draw)
+        loss = loss_of(model, torch.stack([data[at : at + TOKENS + 1] for at in starts.tolist()]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = optimizer.qk_clip.metrics()
+        done.max_logits.append(metrics["qk_clip/max_logit"])
+        done.losses.append(loss.item())
+        done.clips = metrics["qk_clip/clips"]
+    model.eval()
+    with torch.no_grad():
+        windows = held_out[: 64 * (TOKENS + 1)].view(-1, TOKENS + 1)
+        done.validation = float(torch.stack([loss_of(model, part) for part in windows.split(BATCH)]).mean())
+    return done
+
+
+def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean loss of the next token, in nats."""
+    logits = model(input_ids=windows[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def measure(data: Tensor, vocab_size: int, tokens: int, repeats: int) -> Cost:
+    """CPU times of a step over 2048 tokens by a Llama of width 256 and four layers."""
+    windows = data[: 2048 // tokens * (tokens + 1)].view(-1, tokens + 1)
+
+    def stepper(every: int | None) -> Callable[[], float]:
+        model = make_model(vocab_size, 256, 4, tokens)
+        optimizer = distmuon.Muon(model, 1e-3, adjust_lr_fn="match_rms_adamw")
+        if every is not None:
+            distmuon.attach_qk_clip(model, optimizer, tau=NEVER, every=every)
+
+        def step() -> float:
+            begin = time.process_time()
+            loss_of(model, windows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return 1e3 * (time.process_time() - begin)
+
+        step()
+        return step
+
+    steppers = {"off": stepper(None), "every_tenth": stepper(10), "always": stepper(1)}
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    for _ in range(repeats):
+        for name, step in steppers.items():
+            times[name].append(step())
+    found = {name: statistics.median(of) for name, of in times.items()}
+    # the mean of ten steps of which one is recorded
+    found["every_tenth"] = 0.9 * found["every_tenth"] + 0.1 * found["always"]
+    return Cost(tokens, **found)
+
+
+def draw_picture(without: Trained, clipped: Trained, path: Path) -> None:
+    """Largest logits and losses over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for run, label, colour in ((without, "without", "tab:red"), (clipped, f"QK-Clip, tau = {TAU:g}", "tab:blue")):
+        left.plot(run.max_logits, color=colour, label=label)
+        smooth = torch.tensor(run.losses).unfold(0, 20, 1).mean(1)
+        right.plot(range(19, len(run.losses)), smooth.tolist(), color=colour, label=label)
+    left.axhline(TAU, color="gray", linestyle="dotted")
+    left.set(yscale="log", xlabel="step", ylabel="largest attention logit")
+    right.set(xlabel="step", ylabel="training loss, nats a token (mean of 20)", ylim=(None, without.losses[50]))
+    left.legend()
+    figure.savefig(path, dpi=110)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> dict[str, Any]:
+    """What an earlier call has written to ``path``, or else what ``make`` returns."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(make())), encoding="utf-8")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    """Run everything and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, default=Path("runs/qk_clip"), help="folder of results")
+    parser.add_argument("--picture", type=Path, help="file to draw")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024])
+    parser.add_argument("--repeats", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    corpus = open_corpus(DataConfig(sequence_length=TOKENS))
+    data, held_out = (torch.from_numpy(part.slice(0, len(part)).astype("int64")) for part in (corpus.train, corpus.val))
+    runs = {}
+    for name, tau in (("without", NEVER), ("clipped", TAU)):
+        path = options.output / f"{name}-{options.steps}.json"
+        make = partial(train, data, held_out, corpus.vocab_size, options.steps, tau)
+        runs[name] = Trained(**kept(path, make))
+        run = runs[name]
+        print(
+            f"{name}: largest logit {max(run.max_logits):.0f}, at the end {run.max_logits[-1]:.1f}; above 1.05 tau in "
+            f"{sum(logit > 1.05 * TAU for logit in run.max_logits)} of {len(run.max_logits)} steps; validation loss "
+            f"{run.validation:.3f}, last 50 training losses {statistics.mean(run.losses[-50:]):.3f}; heads clipped "
+            f"{run.clips:.0f} times"
+        )
+    print("| tokens of a sequence | step, ms of CPU time | recorded every tenth | recorded always |\n|---|---|---|---|")
+    for tokens in options.lengths:
+        path = options.output / f"cost-{tokens}-{options.repeats}.json"
+        cost = Cost(**kept(path, partial(measure, data, corpus.vocab_size, tokens, options.repeats)))
+        shares = [100 * (spent / cost.off - 1) for spent in (cost.every_tenth, cost.always)]
+        print(f"| {tokens} | {cost.off:.0f} | {shares[0]:+.1f}% | {shares[1]:+.1f}% |")
+    if options.picture is not None:
+        draw_picture(runs["without"], runs["clipped"], options.picture)
+
+
+if __name__ == "__main__":
+    main()
