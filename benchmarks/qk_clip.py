@@ -152,7 +152,7 @@ def draw_picture(without: Trained, clipped: Trained, path: Path) -> None:
         right.plot(range(19, len(run.losses)), smooth.tolist(), color=colour, label=label)
     left.axhline(TAU, color="gray", linestyle="dotted")
     left.set(yscale="log", xlabel="step", ylabel="largest attention logit")
-    right.set(xlabel="step", ylabel="training loss, nats a token (mean of 20)", ylim=(None, without.losses[50]))
+    right.set(xlabel="step", ylabel="training loss, nats a token (mean of 20)", ylim=(None, without.losses[20]))
     left.legend()
     figure.savefig(path, dpi=110)
 
