@@ -83,6 +83,9 @@ def divide(group: Group, roads: Roads, first: int, kept: Iterable[str]) -> tuple
 
     Returns:
         Where the parameters were, and a group for Muon of each kind that is among them.
+
+    Raises:
+        ValueError: for a group that maximizes, of which something would move to what minimizes.
     """
     kinds = [roads.kinds.get(id(param)) for param in group["params"]]
     names = [roads.names.get(id(param)) for param in group["params"]]
@@ -92,6 +95,11 @@ def divide(group: Group, roads: Roads, first: int, kept: Iterable[str]) -> tuple
     for param, name, kind in zip(group["params"], names, kinds, strict=True):
         slots.append((None if kind is None else numbers[kind], len(members[kind])))
         members[kind].append((name, param))
+    if numbers and group.get("maximize"):
+        raise ValueError(
+            "a group of the optimizer has maximize=True, and Muon minimizes: negate the loss and leave maximize out, "
+            "or keep its matrices out of Muon by adamw_names."
+        )
     own_names = group.get("param_names")
     origin = Origin(slots, names, None if own_names is None else list(own_names))
     taken = {key: group.get(key, 0.0) for key in _TAKEN if key not in kept}
