@@ -163,6 +163,28 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
     return Binding(parts, [(list(group["params"]), _bound_settings(group)) for group in groups])
 
 
+def check_stages(groups: Sequence[Group], mesh: Mesh | None, stages: ProcessGroup | None) -> None:
+    """Refuse for the stages of a pipeline an axis whose ranks share parameters, as that of data parallelism.
+
+    Args:
+        groups: The parameter groups.
+        mesh: Over which plain parameters are replicated.
+        stages: The ranks that are to be one of each stage; None: there is no pipeline.
+
+    Raises:
+        ValueError: naming the ranks.
+    """
+    if stages is None:
+        return
+    for known in [*_meshes(groups), *([] if mesh is None else [mesh])]:
+        common = sorted({*mesh_ranks(known)} & {*mesh_ranks(stages)})
+        if len(common) > 1:
+            raise ValueError(
+                f"stages is of ranks {list(mesh_ranks(stages))}, and ranks {common} share parameters: stages takes the "
+                "axis of the mesh that holds one rank of each stage of the pipeline, as mesh['pp']."
+            )
+
+
 def _bound_settings(group: Group) -> list[Any]:
     """What a plan depends on: matrices of one bucket share their iteration, and ``model.to`` moves parameters."""
     tensors = [(param.dtype, param.device) for param in group["params"]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distmuon.binding import Binding, bind
+from distmuon.binding import Binding, bind, check_stages
 from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.agree import NonfiniteError, across_stages
@@ -499,6 +499,7 @@ class Muon(Optimizer):
                 "parameters by itself. Build the optimizer anew and load the state dict of the pickled one."
             )
             self._lost_mesh = False
+        check_stages(self.param_groups, self._mesh, self._stages)
         self._binding = bind(self.param_groups, self._options, self._mesh, self._clock)
         if first and logger.isEnabledFor(logging.INFO):
             logger.info("routing\n%s", self.report())

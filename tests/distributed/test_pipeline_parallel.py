@@ -251,3 +251,15 @@ def norms_of_orders():
 def test_norms_of_any_order_over_stages(pool):
     norms = pool.run(norms_of_orders)
     assert all(torch.equal(norm, norms[0]) for norm in norms)
+
+
+def on_the_wrong_axis():
+    run = Run(1)
+    run.backward(0)
+    optimizer = distmuon.Muon(run.model, lr=0.1, adamw_lr=0.1, stages=run.mesh["dp"], on_nonfinite="skip")
+    with pytest.raises(ValueError, match=r"stages is of ranks \[\d, \d\], and ranks .* share parameters.*mesh\['pp'\]"):
+        optimizer.step()
+
+
+def test_an_axis_that_shares_parameters_is_no_axis_of_stages(pool):
+    pool.run(on_the_wrong_axis)
