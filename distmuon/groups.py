@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -59,7 +60,11 @@ def as_groups(
         TypeError: for anything else.
         ValueError: for bare parameters, which say neither what they are nor what they are called.
     """
+    for key, globs in (("muon_names", muon_names), ("adamw_names", adamw_names)):
+        if isinstance(globs, str):
+            raise TypeError(f"{key}={globs!r} is a single string: it takes a list of globs, [{globs!r}].")
     if isinstance(params, nn.Module):
+        refuse_flattened(params)
         routes = route_module(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
         return split_by_route(list(params.named_parameters()), routes, {}), routes
     if isinstance(params, Tensor):
@@ -87,6 +92,21 @@ def as_groups(
         groups.extend(expanded)
         found.update(routes)
     return groups, found
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse FSDP1, whose parameters are slices of flattened ones, so that no rank knows its matrices.
+
+    Raises:
+        TypeError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
+            raise TypeError(
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), which flattens matrices: shard by "
+                "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate, ModelParallelStrategy in "
+                "Lightning) instead."
+            )
 
 
 def expand_group(group: Group, label: str) -> tuple[list[Group], dict[str, Route]]:
@@ -137,7 +157,8 @@ def expand_group(group: Group, label: str) -> tuple[list[Group], dict[str, Route
         return split_by_route(group["params"], routes, group), routes
     raise ValueError(
         f"{label} holds bare parameters and does not say use_muon: set use_muon=True for hidden matrices and "
-        "False for embeddings, heads, norms and biases, or pass the module and let the rules decide."
+        "False for embeddings, heads, norms and biases, or pass the module and let the rules decide (the Trainer of "
+        "transformers does so with distmuon.integrations.transformers.MuonFactory in place of this class)."
     )
 
 
@@ -183,7 +204,7 @@ def check_group(group: Group, label: str, options: Options) -> None:
     for key, value in (("lr", lr), ("weight_decay", group["weight_decay"]), ("eps", group["eps"])):
         _check_range(label, key, value, upper=math.inf)
     _check_range(label, "momentum", group["momentum"], upper=1.0)
-    if len(group["betas"]) != 2:
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
         raise ValueError(f"{label} has betas={group['betas']}: it takes two numbers.")
     for beta in group["betas"]:
         _check_range(label, "betas", beta, upper=1.0)
@@ -307,6 +328,9 @@ def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:
     """Refuse what is outside [0, upper); tensors on an accelerator are trusted, reading them would wait."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
+    if not isinstance(value, Tensor | numbers.Real):
+        yaml = ", which YAML reads from 3e-4; write 3.0e-4" if isinstance(value, str) else ""
+        raise TypeError(f"{label} has {key}={value!r} (a {type(value).__name__}{yaml}): it takes a number.")
     if not 0.0 <= float(value) < upper:
         wanted = "0 or more" if upper == math.inf else f"at least 0 and less than {upper:g}"
         raise ValueError(f"{label} has {key}={value}: it must be {wanted}.")

@@ -16,7 +16,16 @@ from distmuon.binding import Binding, bind, check_stages
 from distmuon.checkpoint.fitting import fit
 from distmuon.checkpoint.loading import place_steps, restore_momentum
 from distmuon.comm.agree import NonfiniteError, across_stages
-from distmuon.comm.group import Mesh, ProcessGroup, as_group, broadcast, distributed, mesh_ranks, replicas_of
+from distmuon.comm.group import (
+    Mesh,
+    ProcessGroup,
+    as_group,
+    broadcast,
+    check_mesh,
+    distributed,
+    mesh_ranks,
+    replicas_of,
+)
 from distmuon.groups import (
     Params,
     as_groups,
@@ -197,6 +206,8 @@ class Muon(Optimizer):
         self._lost_mesh = False
         self._warned_of_no_gradients = False
         self.skipped_steps = 0
+        check_mesh("mesh", mesh)
+        check_mesh("stages", stages)
         self._mesh = replicas_of(params) if mesh is None else mesh
         self._stages = None if stages is None else as_group(stages)
         groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -51,6 +52,7 @@ class WrappedMuon(Optimizer):
         self._routing = routing
         # a new object takes the way of an unpickled one: torch's __init__ would make groups and state of its own
         self.__setstate__({**parts, "_kept": kept, "_notes": tuple(notes), "defaults": inner.defaults})
+        self._lock = _Lock(inner)
 
     muon: Muon
     inner: Optimizer
@@ -58,6 +60,7 @@ class WrappedMuon(Optimizer):
     _routes: dict[str, Route]
     _kept: frozenset[str]
     _notes: tuple[str, ...]
+    _lock: _Lock | None = None  # copies have none
 
     @property
     def skipped_steps(self) -> int:
@@ -88,7 +91,8 @@ class WrappedMuon(Optimizer):
         if "betas" in self.defaults:
             follow_cycled_betas(self.muon.param_groups)
         if self.muon.step_beside(self._groups_beside()) and self.inner.param_groups:
-            self.inner.step()
+            with nullcontext() if self._lock is None else self._lock.opened():
+                self.inner.step()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -235,6 +239,8 @@ class WrappedMuon(Optimizer):
         put_back(self.inner, self._origins, self.muon.param_groups, "lr" not in self._kept)
         self._origins = []
         self.param_groups = []
+        if self._lock is not None:
+            self._lock.remove()
         return self.inner
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,6 +320,30 @@ class JoinedState(MutableMapping[Tensor, Any]):
             if any(param is known for group in optimizer.param_groups for known in group["params"]):
                 return optimizer.state
         return self._optimizers[-1].state
+
+
+class _Lock:
+    """Refuses steps of the user's optimizer by itself, which would leave the matrices as they are, without a word."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._open = False
+        self.remove = inner.register_step_pre_hook(self._check).remove
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While the wrapped optimizer steps it."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def _check(self, inner: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if not self._open:
+            raise RuntimeError(
+                f"this {type(inner).__name__} was wrapped, and has no matrices of the model any more: call step of "
+                "what distmuon.wrap returned (optimizer = distmuon.wrap(model, optimizer)), or distmuon.unwrap first."
+            )
 
 
 def _is(a: object, b: object) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from distmuon.comm.group import Mesh, replicas_of
-from distmuon.groups import Group
+from distmuon.groups import Group, refuse_flattened
 from distmuon.moving import Origin, Roads, divide, take_out
 from distmuon.muon import Muon
 from distmuon.numerics.update import resolve_lr_scale
@@ -79,6 +79,9 @@ def wrap(
             of AdamW, and where nothing goes to Muon. The optimizer is unchanged then.
     """
     _check_optimizer(optimizer)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"distmuon.wrap takes the model first and its optimizer second, not a {type(model).__name__}.")
+    refuse_flattened(model)
     foreign = sorted(muon_options.keys() & set(_OF_THE_OTHER))
     if foreign:
         raise TypeError(

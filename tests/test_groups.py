@@ -76,7 +76,10 @@ shared = matrix()
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ([matrix()], ValueError, r"group 0 holds bare parameters and does not say use_muon"),
+        ([matrix()], ValueError, r"group 0 holds bare parameters and does not say use_muon.*transformers\.MuonFactory"),
+        ([muon_group(lr="3e-4")], TypeError, r"lr='3e-4' \(a str, which YAML reads from 3e-4.*takes a number"),
+        ([muon_group(weight_decay=None)], TypeError, r"weight_decay=None \(a NoneType\): it takes a number"),
+        ([muon_group(betas=0.9)], ValueError, "betas=0.9: it takes two numbers"),
         ([{"params": [matrix()], "name": "blocks"}], ValueError, r"group 0 \(blocks\) holds bare parameters"),
         ([muon_group(momentun=0.9)], ValueError, "unknown key 'momentun': did you mean 'momentum'"),
         ([muon_group(maximize=True)], ValueError, "unknown key 'maximize'"),
@@ -129,6 +132,9 @@ def test_what_is_wrong_is_named(params, error, message):
         (dict(ns_dtype=torch.int32), TypeError, "ns_dtype"),
         (dict(momentum_dtype=torch.float8_e4m3fn), TypeError, "momentum_dtype"),
         (dict(muon_names=["*"]), ValueError, "choose among names"),
+        (dict(adamw_names="head*"), TypeError, r"adamw_names='head\*' is a single string.*\['head\*'\]"),
+        (dict(mesh=2), TypeError, r"mesh=2 is a int: it takes a DeviceMesh.*group\.WORLD"),
+        (dict(stages="pp"), TypeError, "stages='pp' is a str"),
     ],
 )
 def test_wrong_options(keywords, error, message):
@@ -141,6 +147,21 @@ def test_flattened_models_are_told_what_to_do():
     flat.flat_param = nn.Parameter(torch.zeros(1000))
     with pytest.raises(ValueError, match="fully_shard"):
         distmuon.Muon(flat, adamw_lr=1e-3)
+
+
+def test_fsdp1_is_refused():
+    class FullyShardedDataParallel(nn.Module):
+        """Of the name of torch's, which needs a process group."""
+
+        def __init__(self):
+            super().__init__()
+            self.flat_param = nn.Parameter(torch.zeros(1000))
+
+    whole = nn.Sequential(nn.Linear(4, 4), FullyShardedDataParallel(), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"^1 is a FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+        distmuon.Muon(whole, adamw_lr=1e-3)
+    with pytest.raises(TypeError, match="FSDP1"):
+        distmuon.wrap(whole, torch.optim.AdamW(whole.parameters()))
 
 
 def test_add_param_group():

@@ -292,6 +292,27 @@ def test_unwrap_puts_everything_back(named):
         distmuon.unwrap(returned)
 
 
+def test_the_optimizer_inside_does_not_step_alone():
+    model = make_model()
+    original = torch.optim.AdamW(model.parameters())
+    optimizer = distmuon.wrap(model, original)
+    with pytest.raises(RuntimeError, match=r"this AdamW was wrapped.*optimizer = distmuon\.wrap\(model, optimizer\)"):
+        train(model, [original], range(1))
+    train(model, [optimizer], range(1))
+    with pytest.raises(RuntimeError, match="this AdamW was wrapped"):
+        original.step()
+    train(model, [distmuon.unwrap(optimizer)], range(1))
+
+
+def test_arguments_in_the_wrong_order_are_told():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer, and this is a"):
+        distmuon.wrap(optimizer, model)
+    with pytest.raises(TypeError, match="takes the model first and its optimizer second, not a generator"):
+        distmuon.wrap(model.parameters(), optimizer)
+
+
 def test_an_optimizer_of_nothing_but_matrices():
     model = make_model()
     optimizer = distmuon.wrap(model, torch.optim.AdamW([model.up.weight, model.down.weight], lr=1e-3), **AS_TORCH)

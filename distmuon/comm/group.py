@@ -55,6 +55,21 @@ def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
+def check_mesh(argument: str, mesh: object) -> None:
+    """Refuse what is no mesh before a step reads it, on this rank alone.
+
+    Raises:
+        TypeError: for anything but a device mesh, a process group and None.
+    """
+    if mesh is None or isinstance(mesh, dist.ProcessGroup):
+        return
+    if not hasattr(mesh, "get_group"):  # DeviceMesh takes long to import, and most programs have none
+        raise TypeError(
+            f"{argument}={mesh!r} is a {type(mesh).__name__}: it takes a DeviceMesh, such as mesh['dp'], or a process "
+            "group, such as torch.distributed.group.WORLD after init_process_group."
+        )
+
+
 def as_group(mesh: Mesh) -> ProcessGroup:
     """The process group of a mesh of one axis."""
     return mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
