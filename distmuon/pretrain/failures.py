@@ -31,6 +31,8 @@ HISTORY = "failures.jsonl"
 # What takes the place of what: a mistake may be told by a rank that did not make it, and a loss has a cause elsewhere
 _LOST, _AGREED, _OWN = "lost another rank", "agreed", "failed"
 _WEIGHT = {_LOST: 0, _AGREED: 1, _OWN: 2}
+# What every note has; a file without them is none of ours
+_SAID = {"rank", "host", "time", "where", "step", "exception", "message"}
 # Seconds in which other ranks may say that they are there. torchrun looks for ranks that ended ten times a second and
 # takes the first second for the cause, so one that lost another has to fail a second later.
 _PATIENCE = 1.0
@@ -118,7 +120,7 @@ def read(path: pathlib.Path) -> dict[str, Any] | None:
     """A ``failed.json``; None if there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["kind"] in _WEIGHT and "rank" in found else None
+        return found if found["kind"] in _WEIGHT and found.keys() >= _SAID else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -15,7 +15,7 @@ import torch
 from distmuon.pretrain import failures
 from distmuon.pretrain.command import run_command
 from distmuon.pretrain.errors import AgreedError, RankLost, UserError
-from distmuon.pretrain.failures import FILE, HISTORY, Failures, read, sentence
+from distmuon.pretrain.failures import FILE, HISTORY, Failures, put_aside, read, sentence
 from distmuon.pretrain.interrupt import Interrupted
 from distmuon.pretrain.phase import phase
 
@@ -161,3 +161,13 @@ def test_a_run_that_goes_on_keeps_the_history(tiny: Tiny, tmp_path: Path, capfd:
     assert f"the start before has failed: {sentence(note)}" in capfd.readouterr().out
     assert not (folder / FILE).exists()
     assert [json.loads(line) for line in (folder / HISTORY).read_text(encoding="utf-8").splitlines()] == [note]
+
+
+@pytest.mark.parametrize("text", ['{"kind": "failed", "rank": 0}', '["kind"]', '{"kind": "fai', ""])
+def test_a_file_that_is_no_note_stops_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    assert put_aside(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    (tmp_path / FILE).write_text(text, encoding="utf-8")
+    ended_by(ArithmeticError("too many sheep"), tmp_path)
+    assert "too many sheep" in (tmp_path / FILE).read_text(encoding="utf-8")
