@@ -29,7 +29,7 @@ def main(steps: int) -> None:
     torch.manual_seed(0)  # the same weights on all ranks
     data = DataConfig(sequence_length=128, max_megabytes=2)  # bytes as tokens: no tokenizer to download
     corpus = open_corpus(data)
-    mesh = init_device_mesh(device.type, (2, world // 4, 2), mesh_dim_names=("replicate", "shard", "tp"))
+    mesh = init_device_mesh(device.type, (2, max(world // 4, 1), 2), mesh_dim_names=("replicate", "shard", "tp"))
     batches = iter(train_loader(corpus, data, device_batch=8, rank=rank // 2, world_size=world // 2))
     model = LlamaForCausalLM(LlamaConfig(vocab_size=corpus.vocab_size, tie_word_embeddings=False, **SIZES)).to(device)
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")

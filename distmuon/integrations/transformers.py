@@ -14,6 +14,7 @@ from distmuon.groups import group_names
 from distmuon.matrices import blocks_in
 from distmuon.muon import Muon
 from distmuon.numerics.update import lr_scale
+from distmuon.wrapped import WrappedMuon
 
 
 class MuonFactory:
@@ -116,7 +117,8 @@ def _split_off_vectors(optimizer: Muon, group: dict[str, Any]) -> None:
 
 
 def _unwrapped(optimizer: Optimizer | None) -> Muon | None:
-    """The optimizer inside accelerate's, if it is of this package."""
+    """The optimizer inside accelerate's, if it is of this package; of a wrapped one the part for matrices."""
     while optimizer is not None and not isinstance(optimizer, Muon):
-        optimizer = getattr(optimizer, "optimizer", None)
+        inside = "muon" if isinstance(optimizer, WrappedMuon) else "optimizer"
+        optimizer = getattr(optimizer, inside, None)
     return optimizer

@@ -8,8 +8,10 @@ pytest.importorskip("accelerate")
 
 from accelerate_cases import alone
 from trainer_cases import RATES, STEPS, Tracker, by_hand, small_model, trained, trained_sharded
+from transformers import TrainerState
 
 import distmuon
+from distmuon.integrations.transformers import MuonMetrics
 
 
 def assert_same(found, wanted, tolerance=0.0):
@@ -76,3 +78,12 @@ def test_the_plain_class_says_what_to_do(tmp_path):
         trainer = Trainer(small_model(), arguments, optimizer_cls_and_kwargs=(distmuon.Muon, dict(RATES)))
         with pytest.raises(ValueError, match="bare parameters"):
             trainer.create_optimizer()
+
+
+def test_metrics_of_a_wrapped_optimizer():
+    model = small_model()
+    optimizer = distmuon.wrap(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+    callback, state, logs = MuonMetrics(), TrainerState(log_history=[{}]), {"loss": 1.0}
+    callback.on_optimizer_step(None, state, None, optimizer=optimizer)
+    callback.on_log(None, state, None, logs, optimizer=optimizer)
+    assert logs["lr/muon"] == state.log_history[0]["lr/muon"] == 2e-3 and "lr/muon_effective_max" in logs
