@@ -151,9 +151,7 @@ def _draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         panel.set_xticks(ranks, [f"{row.ranks:,}\n{row.teams.share:.1%}" for row in own])
         panel.set_yticks([1, 1.5, 2, 3, 4, 6, 8, 12, 20], ["1", "1.5", "2", "3", "4", "6", "8", "12", "20"])
         panel.set_ylim(0.92, 1.4 * max(max(row.ratios) for row in own))
-        panel.set_title(
-            f"{model}, {sum(p.count for p in own[0].teams.setup.model.on_muon):,} matrices"
-        )
+        panel.set_title(f"{model}, {sum(p.count for p in own[0].teams.setup.model.on_muon):,} matrices")
         panel.set_xlabel("ranks, and the step's share of a training step")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="upper left")

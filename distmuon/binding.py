@@ -301,6 +301,8 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
             keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", *READING_KEYS)
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
+        # replicas that decay or step by other rates would drift apart
+        settings += "".join(f", {key}={float(group[key])!r}" for key in ("lr", "weight_decay"))
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
             costs: tuple[int, ...] = ()

@@ -67,6 +67,10 @@ def another_momentum():
     return outcome(lambda: step(with_gradients(weights((4, 6))), momentum=0.9 + 0.05 * dist.get_rank()))
 
 
+def another_rate():
+    return outcome(lambda: step(with_gradients(weights((4, 6))), lr=0.02 * (1 + dist.get_rank())))
+
+
 def another_bucket_size():
     return outcome(lambda: step(with_gradients(weights((4, 6))), bucket_bytes=1024 + dist.get_rank()))
 
@@ -170,6 +174,7 @@ def unreduced_gradient_on_one_rank():
         (another_shape, "ValueError: rank 0: parameter 'w1' has the shape (4, 6) on rank 0 and (6, 6) on rank 1"),
         (another_dtype, "ValueError: rank 0: parameter 'w0' has the dtype float32 on rank 0 and bfloat16 on rank 1"),
         (one_parameter_less, "ValueError: rank 0: parameter 'w2' of shape (4, 6) is on rank 0, shared by ranks (0, 1)"),
+        (another_rate, "ValueError: rank 0: parameter 'w0' has the settings muon, momentum=0.95"),
         (another_momentum, "ValueError: rank 0: parameter 'w0' has the settings muon, momentum=0.9"),
         (another_bucket_size, "ValueError: rank 0: (bucket_bytes, ns_dtype, ns_engine, wire_dtype, foreach, compile, "),
         (another_group, "ValueError: rank 0: parameter 'w1' has the group 1 on rank 0 and 0 on rank 1"),
