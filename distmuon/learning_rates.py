@@ -115,6 +115,9 @@ def suggest_lr(
         TypeError, ValueError: as :class:`distmuon.Muon` raises them for ``params``.
         ValueError: for a rate or decay out of range, an unknown scale, and a model of which nothing goes to Muon.
     """
+    for key, value in (("adamw_lr", adamw_lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{key}={value!r} is a {type(value).__name__}: it takes a number.")
     if not 0 < adamw_lr < math.inf:
         raise ValueError(f"adamw_lr={adamw_lr}: give the learning rate of an AdamW run, a number above 0.")
     if not 0 <= weight_decay < math.inf:

@@ -19,7 +19,7 @@ from distmuon.groups import Group, follow_cycled_betas
 from distmuon.moving import Origin, Roads, divide, put_back, take_out
 from distmuon.muon import Muon
 from distmuon.report import RoutingReport, RoutingRow
-from distmuon.routing import Route
+from distmuon.routing import Route, clean_name
 
 
 class WrappedMuon(Optimizer):
@@ -230,7 +230,14 @@ class WrappedMuon(Optimizer):
         return self.muon.last_step_stats()
 
     def effective_lr(self, param: Tensor | str) -> float:
-        """As :meth:`distmuon.Muon.effective_lr`, for what is on Muon."""
+        """As :meth:`distmuon.Muon.effective_lr`; of what the user's optimizer updates, the ``lr`` of its group."""
+        wanted = clean_name(param) if isinstance(param, str) else None
+        for names, group in zip(self._names_beside(), self.inner.param_groups, strict=True):
+            if any(
+                known is param or (wanted and wanted == name)
+                for known, name in zip(group["params"], names, strict=True)
+            ):
+                return float(group["lr"])
         return self.muon.effective_lr(param)
 
     def take_apart(self) -> Optimizer:

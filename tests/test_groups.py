@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -133,6 +135,7 @@ def test_what_is_wrong_is_named(params, error, message):
         (dict(momentum_dtype=torch.float8_e4m3fn), TypeError, "momentum_dtype"),
         (dict(muon_names=["*"]), ValueError, "choose among names"),
         (dict(adamw_names="head*"), TypeError, r"adamw_names='head\*' is a single string.*\['head\*'\]"),
+        (dict(mesh=mock.Mock(get_group=None, ndim=2)), ValueError, "mesh is a mesh of 2 axes: pass one of them"),
         (dict(mesh=2), TypeError, r"mesh=2 is a int: it takes a DeviceMesh.*group\.WORLD"),
         (dict(stages="pp"), TypeError, "stages='pp' is a str"),
     ],

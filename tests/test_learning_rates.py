@@ -185,6 +185,12 @@ def test_what_cannot_be_suggested(changes, message):
         distmuon.suggest_lr(model, **{"adamw_lr": 1e-3, **changes})
 
 
+@pytest.mark.parametrize("value", ["1e-3", torch.tensor(1e-3), None])
+def test_rates_that_are_suggested_from_are_numbers(value):
+    with pytest.raises(TypeError, match=r"adamw_lr=.* it takes a number"):
+        distmuon.suggest_lr(Model(), adamw_lr=value)
+
+
 def test_the_table_of_the_page():
     shapes = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
     with torch.device("meta"):

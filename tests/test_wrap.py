@@ -161,6 +161,7 @@ def test_settings_of_each_group_hold():
     ]
     assert [g["momentum"] for g in optimizer.muon.param_groups] == [0.9, 0.9]
     assert optimizer.effective_lr("up.weight") == pytest.approx(1e-3 * 0.2 * 96**0.5)
+    assert optimizer.effective_lr(model.down.bias) == optimizer.effective_lr("down.bias") == 2e-3
 
     model = make_model()
     rate = torch.tensor(0.01)

@@ -56,10 +56,11 @@ def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
 
 
 def check_mesh(argument: str, mesh: object) -> None:
-    """Refuse what is no mesh before a step reads it, on this rank alone.
+    """Refuse what is no mesh of one axis before a step reads it, on this rank alone.
 
     Raises:
         TypeError: for anything but a device mesh, a process group and None.
+        ValueError: for a mesh of several axes.
     """
     if mesh is None or isinstance(mesh, dist.ProcessGroup):
         return
@@ -68,6 +69,9 @@ def check_mesh(argument: str, mesh: object) -> None:
             f"{argument}={mesh!r} is a {type(mesh).__name__}: it takes a DeviceMesh, such as mesh['dp'], or a process "
             "group, such as torch.distributed.group.WORLD after init_process_group."
         )
+    axes = getattr(mesh, "ndim", 1)
+    if axes != 1:
+        raise ValueError(f"{argument} is a mesh of {axes} axes: pass one of them, such as mesh['dp'].")
 
 
 def as_group(mesh: Mesh) -> ProcessGroup:
