@@ -281,7 +281,7 @@ def in_foreach_kernels(layout):
     """The lists of tensors that an accelerator's kernels take, some empty, beside the loop of a CPU."""
     found = []
     for foreach in (True, False):
-        with mock.patch.object(distmuon.pipeline.Pipeline, "_foreach", foreach):
+        with mock.patch.object(distmuon.pipeline.Pipeline, "_foreach", return_value=foreach):
             model = model_of([(8, 8), (6, 4), (4, 12)])
             if layout == "hsdp":
                 fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
