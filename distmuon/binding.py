@@ -30,7 +30,7 @@ from distmuon.comm.group import (
 from distmuon.comm.layout import as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
-from distmuon.costing import owner_cost, pace_of, team_costs
+from distmuon.costing import block_spec, owner_cost, pace_of
 from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, nodes_of
 from distmuon.groups import Group, group_names
 from distmuon.numerics.costs import CostTable
@@ -379,20 +379,17 @@ def _specs(
         by_replica.setdefault(holding.replica if options.replicas == "repeat" else (), []).append(holding)
     for members in by_replica.values():
         for number, block, held in placing.place(fact.name, blocks, tuple(members)):
-            rows, cols = block.matrices.rows, block.matrices.cols
-            spec = ParameterSpec(
-                matrices=block.matrices,
-                shape=block.shape,
-                holdings=held,
+            spec = block_spec(
+                block,
+                held,
                 group=fact.group,
                 kind=f"{layout.device} {layout.dtype} {fact.iteration}",
-                cost=owner_cost(rows, cols, kind, fact.request, table) if alike else fact.costs[number],
-                whole=block.cut is None,
+                device=kind,
+                request=fact.request,
+                table=table,
+                nodes=nodes if options.teams else None,
+                cost=None if alike else fact.costs[number],
             )
-            if options.teams:
-                extent = block.shape[spec.slab_axis]
-                teams = team_costs(rows, cols, extent, kind, fact.request, table, nodes)
-                spec = dataclasses.replace(spec, teams=teams)
             yield spec, block
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -10,9 +11,10 @@ from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_speeds
 from distmuon.numerics.teams import team_recipe
+from distmuon.plan.blocks import Block
 from distmuon.plan.nodes import Nodes, largest
 from distmuon.plan.pace import Pace
-from distmuon.plan.parameters import TeamCost
+from distmuon.plan.parameters import Holding, ParameterSpec, TeamCost
 from distmuon.plan.simulate import Transport
 from distmuon.speeds import Link, Speeds
 
@@ -78,6 +80,47 @@ def team_costs(
             best = cost
             found.append(TeamCost(size, cost))
     return tuple(found)
+
+
+def block_spec(
+    block: Block,
+    holdings: tuple[Holding, ...],
+    *,
+    group: int,
+    kind: str,
+    device: torch.device,
+    request: Request,
+    table: CostTable,
+    nodes: Nodes | None,
+    cost: int | None = None,
+) -> ParameterSpec:
+    """A block of a parameter as a plan sees it, with what its matrices cost.
+
+    Args:
+        block: Of the parameter.
+        holdings: Who stores what of it.
+        group: Index of the parameter group.
+        kind: What must be equal inside a bucket beside the shape.
+        device: Where it is multiplied.
+        request: How it is orthogonalized.
+        table: Speed of the engines and links.
+        nodes: Which ranks share a node, where teams may own a matrix; None: single ranks do.
+        cost: Nanoseconds of one owner for a matrix; None: as the table says.
+    """
+    rows, cols = block.matrices.rows, block.matrices.cols
+    spec = ParameterSpec(
+        matrices=block.matrices,
+        shape=block.shape,
+        holdings=holdings,
+        group=group,
+        kind=kind,
+        cost=owner_cost(rows, cols, device, request, table) if cost is None else cost,
+        whole=block.cut is None,
+    )
+    if nodes is None:
+        return spec
+    extent = block.shape[spec.slab_axis]
+    return dataclasses.replace(spec, teams=team_costs(rows, cols, extent, device, request, table, nodes))
 
 
 def pace_of(table: CostTable, device: torch.device, itemsize: int, transport: Transport) -> Pace:

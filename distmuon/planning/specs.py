@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from distmuon.costing import owner_cost, pace_of, team_costs
+from distmuon.costing import block_spec, pace_of
 from distmuon.numerics.recipe import Request
 from distmuon.plan.blocks import Placing
 from distmuon.plan.pace import plan_step
@@ -73,18 +73,15 @@ def specs_of(setup: Setup) -> list[ParameterSpec]:
     for parameter in setup.model.on_muon:
         stored = hold(parameter.shape, parameter.stacked)
         for _, block, held in placing.place(parameter.name, parameter.blocks, stored):
-            rows, cols = block.matrices.rows, block.matrices.cols
-            spec = ParameterSpec(
-                matrices=block.matrices,
-                shape=block.shape,
-                holdings=held,
+            spec = block_spec(
+                block,
+                held,
                 group=parameter.group,
                 kind=f"{device.type} float32 {setup.request.coefficients} {setup.request.steps} {setup.eps}",
-                cost=owner_cost(rows, cols, device, setup.request, table),
-                whole=block.cut is None,
+                device=device,
+                request=setup.request,
+                table=table,
+                nodes=nodes if setup.teams and setup.layout.world > 1 else None,
             )
-            if setup.teams and setup.layout.world > 1:
-                extent = block.shape[spec.slab_axis]
-                spec = replace(spec, teams=team_costs(rows, cols, extent, device, setup.request, table, nodes))
             found.append(spec)
     return found
