@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -17,6 +15,7 @@ from distmuon.numerics.update import resolve_lr_scale
 from distmuon.options import Options
 from distmuon.plan.reading import READING_KEYS, WHOLE, Reading
 from distmuon.routing import Route, clean_name, named_like_experts, route_by_name, route_module, route_named
+from distmuon.values import FAMILY_KEYS, check_values
 
 Params: TypeAlias = "nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]"
 Group: TypeAlias = dict[str, Any]
@@ -33,8 +32,10 @@ GROUP_KEYS = (
     "ns_steps",
     "eps",
     "adjust_lr_fn",
+    *FAMILY_KEYS,
     *READING_KEYS,
     "betas",
+    "lmo",
     "name",
 )
 # Written by torch itself: names of the parameters, and the base rate that schedulers restart from
@@ -198,21 +199,7 @@ def check_group(group: Group, label: str, options: Options) -> None:
         TypeError: for a parameter that cannot be optimized.
     """
     label = f"{label} ({group['name']})" if group.get("name") else label
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{label} has a tensor lr of {lr.numel()} elements: it takes one.")
-    for key, value in (("lr", lr), ("weight_decay", group["weight_decay"]), ("eps", group["eps"])):
-        _check_range(label, key, value, upper=math.inf)
-    _check_range(label, "momentum", group["momentum"], upper=1.0)
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
-        raise ValueError(f"{label} has betas={group['betas']}: it takes two numbers.")
-    for beta in group["betas"]:
-        _check_range(label, "betas", beta, upper=1.0)
-    try:
-        resolve_lr_scale(group["adjust_lr_fn"])
-        options.request(group)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
+    check_values(group, label, options)
     try:
         Reading.of(group)
     except ValueError as error:
@@ -322,18 +309,6 @@ def _adamw_lr(defaults: Mapping[str, Any], options: Options, label: str) -> floa
         "does not suit AdamW. Pass adamw_lr (3e-4 is common), or adjust_lr_fn='match_rms_adamw', with which "
         "one lr, that of AdamW, serves both."
     )
-
-
-def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:
-    """Refuse what is outside [0, upper); tensors on an accelerator are trusted, reading them would wait."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return
-    if not isinstance(value, Tensor | numbers.Real):
-        yaml = ", which YAML reads from 3e-4; write 3.0e-4" if isinstance(value, str) else ""
-        raise TypeError(f"{label} has {key}={value!r} (a {type(value).__name__}{yaml}): it takes a number.")
-    if not 0.0 <= float(value) < upper:
-        wanted = "0 or more" if upper == math.inf else f"at least 0 and less than {upper:g}"
-        raise ValueError(f"{label} has {key}={value}: it must be {wanted}.")
 
 
 def _check_axes(group: Group, label: str) -> None:

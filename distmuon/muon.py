@@ -69,8 +69,10 @@ class Muon(Optimizer):
     Args:
         params: A module (the rules of :mod:`distmuon.routing` decide), ``named_parameters()`` (decided by
             name and shape), or parameter groups that say ``use_muon``. A group may set any of ``lr,
-            weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, betas, name`` and what its
-            parameters are read as: ``flatten, transposed, split_sizes, num_heads, split_axis, interleaved``.
+            weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn, variant, muon_beta2,
+            cautious_wd, block_period, blocks, block_lr_ratio, betas, name``, what its parameters are read as
+            (``flatten, transposed, split_sizes, num_heads, split_axis, interleaved``), and with ``use_muon=False``
+            ``lmo``: ``"sign"``, ``"col_norm"``, ``"row_norm"`` or ``"bias_rms"`` in place of AdamW (:class:`Scion`).
         lr: Learning rate of the matrices, a number or a 1-element tensor.
         weight_decay: Decoupled weight decay.
         momentum: Weight of the past in the momentum average, in [0, 1).
@@ -88,6 +90,14 @@ class Muon(Optimizer):
         adamw_betas: Decay of AdamW's moments.
         adamw_eps: Added to the root of AdamW's second moment.
         adamw_weight_decay: None takes ``weight_decay``.
+        variant: ``"muon"``; ``"normuon"``, whose updates have rows of one size (arXiv 2510.05491); ``"adamuon"``,
+            whose elements are divided by the root of their second moment (arXiv 2507.11005). docs/family.md.
+        muon_beta2: Weight of the past in the second moments of ``variant``, in [0, 1).
+        cautious_wd: Decay only the weights that the step makes smaller (arXiv 2510.12402), of matrices and of the rest.
+        block_period: Orthogonalize whole matrices in every so many steps, and ``blocks`` of them by themselves in the
+            steps between, which exchanges nothing where ranks store whole blocks: MuonBP (arXiv 2510.16981).
+        blocks: Parts of the rows of a matrix, cut as FSDP2 cuts them, so that they are the shards of as many ranks.
+        block_lr_ratio: Learning rate of these steps over ``lr``.
         muon_names: Globs of parameter names that go to Muon whatever the rules say.
         adamw_names: Globs of parameter names that go to AdamW whatever the rules say.
         matrices: Which matrices parameters hold (docs/matrices.md): ``"auto"`` takes apart what modules of transformers
@@ -156,6 +166,12 @@ class Muon(Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
+        variant: str = "muon",
+        muon_beta2: float = 0.95,
+        cautious_wd: bool = False,
+        block_period: int = 1,
+        blocks: int | None = None,
+        block_lr_ratio: float = 1.0,
         muon_names: Sequence[str] = (),
         adamw_names: Sequence[str] = (),
         matrices: Matrices = None,
@@ -221,7 +237,14 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "variant": variant,
+            "muon_beta2": muon_beta2,
+            "cautious_wd": cautious_wd,
+            "block_period": block_period,
+            "blocks": blocks,
+            "block_lr_ratio": block_lr_ratio,
             "betas": adamw_betas,
+            "lmo": None,
             **WHOLE.keys,
             "name": None,
         }

@@ -20,11 +20,12 @@ from distmuon.checkpoint.formats.entries import (
 )
 from distmuon.groups import GROUP_KEYS
 from distmuon.plan.reading import READING_KEYS
+from distmuon.values import FAMILY_DEFAULTS
 
 _REQUIRED = ("use_muon", "lr", "weight_decay", "momentum", "adjust_lr_fn", "flatten", "betas")
 _OPTIONAL = tuple(key for key in GROUP_KEYS if key not in (*_REQUIRED, "params"))
 # What a group has beside the settings of its matrices
-_NOT_MUON = ("use_muon", *READING_KEYS, "betas", "name")
+_NOT_MUON = ("use_muon", *READING_KEYS, "betas", "lmo", "name")
 
 
 class DistMuon:
@@ -46,6 +47,8 @@ class DistMuon:
                 key: value
                 for key, value in group.settings.items()
                 if (key not in _NOT_MUON if use_muon else key in ADAMW_KEYS)
+                # what is Muon itself needs no word, as other projects have no key for it
+                and not (key in FAMILY_DEFAULTS and value == FAMILY_DEFAULTS[key])
             }
             for name, state in zip(group.names, group.states, strict=True):
                 kept = read_state(name, state, MUON_STATE if use_muon else ADAMW_STATE)
