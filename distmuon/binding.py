@@ -294,7 +294,7 @@ def _part(
 
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
-        use_muon, settings, iteration = group["use_muon"], "adamw", ""
+        use_muon, settings, iteration = group["use_muon"], f"adamw, lmo={group['lmo']!r}", ""
         request: Request | None = None
         if use_muon:
             request = options.request(group)
@@ -303,6 +303,7 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
         # replicas that decay or step by other rates would drift apart
         settings += "".join(f", {key}={float(group[key])!r}" for key in ("lr", "weight_decay"))
+        settings += f", cautious_wd={group['cautious_wd']}"
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
             costs: tuple[int, ...] = ()

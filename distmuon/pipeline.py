@@ -386,6 +386,7 @@ class Pipeline:
                 weight_decay=group["weight_decay"],
                 scale=lr_scale(group["adjust_lr_fn"], *matrix.logical),
                 foreach=self._foreach(flight),
+                cautious_wd=group["cautious_wd"],
                 exact=not self.options.batched,
                 tall=matrix.rows > matrix.cols,
             )

@@ -78,4 +78,5 @@ def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str
             weight_decay=group["weight_decay"],
             foreach=options.foreach,
             fused=options.fused,
+            cautious_wd=group["cautious_wd"],
         )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from distmuon.numerics.decay import decay_
+
 AdamWState = dict[str, Tensor]
 
 
@@ -37,6 +39,7 @@ def adamw_update(
     weight_decay: float,
     foreach: bool | None,
     fused: bool | None,
+    cautious_wd: bool = False,
 ) -> None:
     """One AdamW step in place (Loshchilov & Hutter, arXiv 1711.05101).
 
@@ -50,7 +53,15 @@ def adamw_update(
         weight_decay: Decoupled decay, times ``lr``.
         foreach: As in torch.optim.AdamW.
         fused: As in torch.optim.AdamW.
+        cautious_wd: Decay only the weights that the step makes smaller (:mod:`distmuon.numerics.decay`).
     """
+    if cautious_wd:
+        rate = lr.squeeze() if isinstance(lr, Tensor) else lr
+        for param, grad, state in zip(params, grads, states, strict=True):
+            # the step has the sign of the first moment, of which one copy at a time is held
+            average = state["exp_avg"].lerp(grad, 1 - betas[0])
+            decay_(param, average, 1 - rate * weight_decay, cautious=True)
+        weight_decay = 0.0
     adamw(
         list(params),
         list(grads),

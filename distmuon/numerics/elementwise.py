@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from distmuon.numerics.decay import decay_
+
 Tensors: TypeAlias = "list[Tensor] | tuple[Tensor, ...]"
 
 
@@ -33,14 +35,20 @@ def copy_(targets: Tensors, sources: Tensors) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def decay_and_add_(tensors: Tensors, factor: float, others: Tensors, alpha: float, *, foreach: bool) -> None:
-    """``t <- factor * t + alpha * other`` in place."""
+def decay_and_add_(
+    tensors: Tensors, factor: float, others: Tensors, alpha: float, *, foreach: bool, cautious: bool = False
+) -> None:
+    """``t <- factor * t + alpha * other`` in place; ``cautious``: see :func:`distmuon.numerics.decay.decay_`."""
     if foreach and tensors:
-        torch._foreach_mul_(tensors, factor)
+        if cautious:
+            for tensor, other in zip(tensors, others, strict=True):
+                decay_(tensor, other, factor, cautious=True)
+        else:
+            torch._foreach_mul_(tensors, factor)
         torch._foreach_add_(tensors, others, alpha=alpha)
         return
     for tensor, other in zip(tensors, others, strict=True):
-        tensor.mul_(factor)
+        decay_(tensor, other, factor, cautious=cautious)
         tensor.add_(other, alpha=alpha)
 
 

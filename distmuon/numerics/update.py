@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distmuon.numerics.decay import decay_
 from distmuon.numerics.elementwise import Tensors, add_as_torch_, copy_, decay_and_add_, lerp, lerp_
 
 # What other projects call the same scales: dion spectral_norm and rms_norm, Emerging-Optimizers the rest
@@ -105,6 +106,7 @@ def apply_direction(
     weight_decay: float,
     scale: float,
     foreach: bool,
+    cautious_wd: bool = False,
     exact: bool = False,
     tall: bool = False,
 ) -> None:
@@ -119,6 +121,7 @@ def apply_direction(
         weight_decay: Decoupled decay.
         scale: See :func:`lr_scale`.
         foreach: See :mod:`distmuon.numerics.elementwise`.
+        cautious_wd: Decay only the weights that the step makes smaller (:mod:`distmuon.numerics.decay`).
         exact: Round as torch.optim.Muon does, whatever part of the matrix this is.
         tall: Whether the whole matrices have more rows than columns, which decides that rounding.
     """
@@ -126,16 +129,17 @@ def apply_direction(
         device_lr = lr.squeeze()
         for param, direction in zip(params, directions, strict=True):
             rate_here = device_lr.to(param.device)
-            param.mul_(1 - rate_here * weight_decay)
+            decay_(param, direction, 1 - rate_here * weight_decay, cautious=cautious_wd)
             param.sub_(direction.to(param.dtype) * (rate_here * scale))
         return
     rate = float(lr)
     if exact and params and params[0].device.type == "cpu" and params[0].dtype.itemsize == 2:
         for param, direction in zip(params, directions, strict=True):
-            param.mul_(1 - rate * weight_decay)
+            decay_(param, direction, 1 - rate * weight_decay, cautious=cautious_wd)
             add_as_torch_(param, direction, -rate * scale, tall=tall)
         return
-    decay_and_add_(params, 1 - rate * weight_decay, directions, -rate * scale, foreach=foreach)
+    factor = 1 - rate * weight_decay
+    decay_and_add_(params, factor, directions, -rate * scale, foreach=foreach, cautious=cautious_wd)
 
 
 def all_zero(tensors: Sequence[Tensor]) -> bool:
