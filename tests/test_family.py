@@ -1,0 +1,129 @@
+"""distmuon.Muon in one process beside the transcriptions of the papers: twenty steps in float64.
+
+Once with the transcription given distmuon's own function as its Newton-Schulz iteration, so that all else is compared,
+and once with the exact polar factor on one side and as many steps as reach it on the other.
+"""
+
+import functools
+
+import pytest
+import torch
+from family_reference import (
+    AdaMuon,
+    Muon,
+    MuonBP,
+    MuonClip,
+    NorMuon,
+    jordan_scale,
+    moonlight_scale,
+    polar,
+    size_of,
+    spectral_scale,
+    unit_scale,
+)
+from torch import nn
+
+import distmuon
+
+SHAPES = {"square": (12, 12), "tall": (20, 8), "wide": (8, 20)}
+SCALES = {
+    "original": jordan_scale,
+    "match_rms_adamw": moonlight_scale,
+    "spectral": spectral_scale,
+    "none": unit_scale,
+}
+FULL = {"ns_coefficients": "polar_express", "ns_steps": 24}  # to the polar factor, but for rounding
+STEPS, LR, DECAY = 20, 0.02, 0.1
+
+
+def trained(shape, rule, **settings):
+    """The weight after steps of distmuon and after those of a rule, from the same gradients."""
+    generator = torch.Generator().manual_seed(3)
+    param = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    expected = param.detach().clone()
+    settings = {"lr": LR, "weight_decay": DECAY, "ns_dtype": torch.float64, **settings}
+    optimizer = distmuon.Muon([{"params": [param], "use_muon": True}], **settings)
+    for _ in range(STEPS):
+        param.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        expected = rule(expected, param.grad)
+        optimizer.step()
+    return param.detach(), expected
+
+
+def steps_of(**settings):
+    """The iteration of distmuon, for a rule."""
+    names = {"ns_coefficients": "coefficients", "ns_steps": "steps"}
+    return functools.partial(distmuon.orthogonalize, **{names[key]: value for key, value in settings.items()})
+
+
+def assert_same(actual, expected, atol=1e-10):
+    assert torch.allclose(actual, expected, rtol=0, atol=atol), f"largest difference {(actual - expected).abs().max()}"
+
+
+CASES = {
+    "muon": (Muon, {}),
+    "normuon": (NorMuon, {"variant": "normuon"}),
+    "adamuon": (AdaMuon, {"variant": "adamuon"}),
+    "muonbp": (functools.partial(MuonBP, period=3, blocks=4), {"block_period": 3, "blocks": 4}),
+    "muonbp-half": (
+        functools.partial(MuonBP, period=5, blocks=2, block_lr_ratio=0.5),
+        {"block_period": 5, "blocks": 2, "block_lr_ratio": 0.5},
+    ),
+}
+# Cases of which distmuon knows the keys and does not yet do what they say
+NOT_YET = ("normuon", "adamuon", "muonbp", "muonbp-half", "cautious")
+BUILT = [name for name in CASES if name not in NOT_YET]
+CAUTIOUS = [False, *([True] if "cautious" not in NOT_YET else [])]
+
+
+def rule_of(case, orthogonalize, *, adjust_lr_fn, **keywords):
+    kind, _ = CASES[case]
+    scale = SCALES[adjust_lr_fn]
+    sized = {"size": size_of(scale)} if kind in (NorMuon, AdaMuon) else {"scale": scale}
+    return kind(orthogonalize, lr=LR, weight_decay=DECAY, **sized, **keywords)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("adjust_lr_fn", SCALES)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("case", BUILT)
+def test_steps_of_newton_schulz(case, shape, adjust_lr_fn, nesterov):
+    """All scales, whose papers have other steps than the default ones."""
+    settings = {"ns_coefficients": "quintic", "ns_steps": 5}
+    rule = rule_of(case, steps_of(**settings), adjust_lr_fn=adjust_lr_fn, nesterov=nesterov)
+    keywords = {**settings, **CASES[case][1], "adjust_lr_fn": adjust_lr_fn, "nesterov": nesterov}
+    assert_same(*trained(SHAPES[shape], rule, **keywords))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cautious_wd", CAUTIOUS)
+@pytest.mark.parametrize("case", BUILT)
+def test_default_coefficients(case, shape, cautious_wd):
+    rule = rule_of(case, steps_of(), adjust_lr_fn="match_rms_adamw", nesterov=True, cautious_wd=cautious_wd)
+    keywords = {**CASES[case][1], "adjust_lr_fn": "match_rms_adamw", "cautious_wd": cautious_wd}
+    assert_same(*trained(SHAPES[shape], rule, **keywords))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cautious_wd", CAUTIOUS)
+@pytest.mark.parametrize("case", BUILT)
+def test_exact_polar_factor(case, shape, cautious_wd):
+    """The paper's formula and nothing else on the other side."""
+    rule = rule_of(case, polar, adjust_lr_fn="match_rms_adamw", nesterov=False, cautious_wd=cautious_wd)
+    keywords = {**FULL, **CASES[case][1], "adjust_lr_fn": "match_rms_adamw", "cautious_wd": cautious_wd}
+    assert_same(*trained(SHAPES[shape], rule, nesterov=False, **keywords))
+
+
+@pytest.mark.parametrize("case", [case for case in ("normuon", "adamuon") if case in BUILT])
+@pytest.mark.parametrize("beta2", [0.5, 0.999])
+def test_second_beta(case, beta2):
+    rule = rule_of(case, polar, adjust_lr_fn="match_rms_adamw", nesterov=False, beta2=beta2, momentum=0.9)
+    keywords = {**FULL, **CASES[case][1], "adjust_lr_fn": "match_rms_adamw", "muon_beta2": beta2, "momentum": 0.9}
+    assert_same(*trained(SHAPES["tall"], rule, nesterov=False, **keywords))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update_of_muonclip(shape):
+    """Algorithm 1 of Kimi K2 before it clips; the settings are those of distmuon.MuonClip."""
+    rule = MuonClip(polar, lr=LR, weight_decay=DECAY)
+    assert_same(*trained(SHAPES[shape], rule, nesterov=False, adjust_lr_fn="match_rms_adamw", **FULL))
