@@ -9,7 +9,7 @@ from torch import Tensor
 def decay_(param: Tensor, update: Tensor, factor: float | Tensor, *, cautious: bool) -> None:
     """Multiply weights by ``factor``, ``1 - lr * weight_decay``, before the step.
 
-    Cautious decay takes those ``w`` alone with ``w * u >= 0``, as equation 2 of arXiv 2510.12402 has it
+    Cautious decay takes those ``w`` alone with ``w * u >= 0``, as algorithm 1 of arXiv 2510.12402 has it
     (``w <- w - lr * (u + weight_decay * 1[w * u >= 0] * w)``): the weights are those before the step, and where the
     step is zero there is decay. Signs are what is multiplied, since a product of small numbers is rounded to zero.
 
