@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from lr_sweep_report import Curve, draw, make_table, moves
+from rate_grids import extend_grids
 from rich.console import Console
 from token_efficiency_runs import SEQUENCE, Run, Runner, Size
 
@@ -89,17 +90,13 @@ def sweep_width(
     Returns:
         By scale.
     """
-    grids = {scale: rates_around(start, reach) for scale, start in starts.items()}
-    for extension in range(MAX_EXTENSIONS + 1):
+
+    def measure(grids: dict[Scale, list[float]]) -> dict[Scale, Curve]:
         wanted = {scale: _runs(size, scale, grid, seeds) for scale, grid in grids.items()}
         runner.run(f"width {size.hidden}", [run for runs in wanted.values() for run in runs])
-        curves = {scale: _curve(runner, runs) for scale, runs in wanted.items()}
-        edges = {scale: curve.edge for scale, curve in curves.items() if curve.edge is not None}
-        if not edges or extension == MAX_EXTENSIONS:
-            return curves
-        for scale, edge in edges.items():
-            grids[scale] = sorted([*grids[scale], edge])
-    raise AssertionError("the last extension returns")
+        return {scale: _curve(runner, runs) for scale, runs in wanted.items()}
+
+    return extend_grids(measure, {scale: rates_around(start, reach) for scale, start in starts.items()}, MAX_EXTENSIONS)
 
 
 def _runs(size: Size, scale: Scale, rates: Sequence[float], seeds: Sequence[int]) -> list[SweepRun]:

@@ -9,6 +9,7 @@ too short to be judged alone are judged by their round.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -96,16 +97,16 @@ class Model:
     def __init__(self, request: Request, mesh: DeviceMesh, layout: str) -> None:
         generator = torch.Generator(request.device).manual_seed(0)
         device = torch.device(request.device)
-        self._module = nn.Module()
-        self._module.blocks = nn.ModuleList(_block(shapes, device) for shapes in request.block_shapes())
-        params = list(self._module.parameters())
+        self.module = nn.Module()
+        self.module.blocks = nn.ModuleList(_block(shapes, device) for shapes in request.block_shapes())
+        params = list(self.module.parameters())
         for param in params:
             nn.init.normal_(param, std=param.shape[1] ** -0.5, generator=generator)
         if layout == "FSDP2":
-            for block in self._module.blocks:
+            for block in self.module.blocks:
                 fsdp.fully_shard(block, mesh=mesh)
-            fsdp.fully_shard(self._module, mesh=mesh)
-        self.params = list(self._module.parameters())
+            fsdp.fully_shard(self.module, mesh=mesh)
+        self.params = list(self.module.parameters())
         self._grads: list[Tensor] = []
         for param in self.params:
             grad = torch.randn(param.shape, device=device, generator=generator)
@@ -178,7 +179,7 @@ def _try(
         optimizer = contender.build(model.params, mesh)
         model.set_gradients()
         # of the first step, as some keep their buffers from then on; their state is no temporary memory
-        peak = peak_bytes(optimizer.step, mesh.device_type) - _state_bytes(optimizer)
+        peak = peak_bytes(optimizer.step, mesh.device_type) - state_bytes(optimizer)
         for _ in range(_WARM_UP):
             model.set_gradients()
             optimizer.step()
@@ -196,9 +197,11 @@ def _try(
     return optimizer
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this rank's shards of the optimizer state."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of this rank's shards of the optimizer state; some keep lists of tensors."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    flat = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
+    tensors = [value for value in flat if isinstance(value, Tensor)]
     return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in tensors)
 
 

@@ -1,4 +1,4 @@
-"""The training runs of token_efficiency.py: their settings, their execution in processes, their results."""
+"""Training runs of the benchmarks of losses: their settings, their execution in processes, their results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from distmuon.pretrain import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    Summary,
     TrainConfig,
     UserError,
     train,
@@ -105,6 +107,14 @@ class Run:
             checkpoint=CheckpointConfig(every=0),
         )
 
+    def beyond_config(self) -> dict[str, Any]:
+        """What a result depends on beside the trainer's settings."""
+        return {}
+
+    def train(self, folder: str) -> Summary:
+        """Train; the trainer writes to ``folder``."""
+        return train(self.config(folder))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -120,7 +130,7 @@ class Result:
 
 def execute(run: Run, folder: Path) -> tuple[Result, bool]:
     """The result of a run, and whether it was there already; for a worker process."""
-    settings = dataclasses.asdict(run.config(""))
+    settings = {**dataclasses.asdict(run.config("")), **run.beyond_config()}
     del settings["log"]
     settings["versions"] = [distmuon.__version__, torch.__version__, platform.python_version()]
     content = json.dumps(settings, sort_keys=True)
@@ -131,7 +141,7 @@ def execute(run: Run, folder: Path) -> tuple[Result, bool]:
         return Result(**kept), True
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            done = train(run.config(scratch))
+            done = run.train(scratch)
         except UserError as error:
             if "not finite" not in str(error):
                 raise

@@ -28,6 +28,8 @@ if str(BENCHMARKS) not in sys.path:
 
 import accuracy  # noqa: E402
 import engine_losses  # noqa: E402
+import family  # noqa: E402
+import family_costs  # noqa: E402
 import lr_sweep  # noqa: E402
 import matrix_families  # noqa: E402
 import momenta  # noqa: E402
@@ -38,6 +40,8 @@ import step_time_contenders as contenders  # noqa: E402
 import step_time_probes as probes  # noqa: E402
 import step_time_report as report  # noqa: E402
 from engine_losses_report import Outcome, same_curves, spreads  # noqa: E402
+from family_members import MEMBERS, REFERENCE  # noqa: E402
+from family_report import against  # noqa: E402
 from lr_sweep_report import Curve, moves, vertex  # noqa: E402
 from orthogonalize_report import Result, as_json, geometric_means, make_table, summary  # noqa: E402
 from step_time_ranks import Row  # noqa: E402
@@ -544,6 +548,155 @@ def test_a_run_of_the_sweep_is_trained_once(tmp_path, monkeypatch):
     assert not kept and 2.0 < result.loss < 5.5
     monkeypatch.setattr(token_efficiency_runs, "train", None)
     assert token_efficiency_runs.execute(run, tmp_path) == (result, True)
+
+
+OURS = [name for name, member in MEMBERS.items() if member.ours]
+
+
+def family_outcome(name, losses):
+    import family_report
+    from token_efficiency_runs import Result
+
+    curve = Curve(name, 64, {0.01: [9.0], 0.02: losses[:1], 0.04: [9.0]})
+    return family_report.Outcome(curve, [Result(loss, parameters=10, tokens=20) for loss in losses])
+
+
+def test_a_member_is_lower_only_where_seeds_agree_and_spread_less():
+    reference = family_outcome(REFERENCE, [1.0, 1.1, 1.2])
+
+    def verdict(*losses):
+        mean, words = against(family_outcome("other", list(losses)), reference)
+        assert mean == pytest.approx(sum(losses) / len(losses) - 1.1)
+        return words
+
+    assert verdict(0.7, 0.8, 0.9) == "lower" and verdict(1.3, 1.4, 1.5) == "higher"
+    # twice the standard deviation of 0.1 is 0.2; then one seed that does not agree; then a spread of its own
+    assert verdict(0.85, 0.95, 1.05) == "within the spread"
+    assert verdict(1.01, 0.01, 0.01) == "within the spread"
+    assert verdict(0.9, 0.1, 1.1) == "within the spread"
+    alone = [family_outcome(name, [loss]) for name, loss in (("other", 0.5), (REFERENCE, 1.0))]
+    assert against(*alone) == (-0.5, "one seed")
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != REFERENCE])
+def test_members_are_no_moonlight(name):
+    def moved(name):
+        torch.manual_seed(0)
+        model = family_costs.make_model(29, 16, 2, 8)
+        before = {key: param.detach().clone() for key, param in model.named_parameters() if "proj" in key}
+        optimizer = MEMBERS[name].build(model, 0.02)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return {key: model.get_parameter(key).detach() - value for key, value in before.items()}
+
+    ours, theirs = moved(name), moved(REFERENCE)
+    assert ours and not all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    # and steps are of one size, so that one grid of rates serves all
+    sizes = [sum(float(value.square().sum()) for value in found.values()) ** 0.5 for found in (ours, theirs)]
+    assert 0.5 < sizes[0] / sizes[1] < 2
+
+
+def test_a_member_takes_the_place_of_the_trainers_optimizer(tmp_path, monkeypatch):
+    import token_efficiency_runs
+
+    words = torch.randint(97, 105, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "words.txt").write_text("".join(" " if word == 97 else chr(word) for word in words))
+    source = {"source": str(tmp_path / "words.txt"), "cache_dir": str(tmp_path / "cache")}
+    made = token_efficiency_runs.DataConfig
+    monkeypatch.setattr(token_efficiency_runs, "DataConfig", functools.partial(made, **source))
+    size = lr_sweep.Size("width32", 32, 1, 8, 1)
+    execute = functools.partial(token_efficiency_runs.execute, folder=tmp_path)
+    found = {name: execute(family.FamilyRun(size, name, 0.02))[0] for name in (REFERENCE, "AdamW", "Muon, original")}
+    for name, theirs in ((REFERENCE, "muon"), ("AdamW", "adamw")):
+        assert found[name].loss == pytest.approx(
+            execute(token_efficiency_runs.Run(size, theirs, 0.02))[0].loss, abs=1e-5
+        )
+    assert len({result.loss for result in found.values()}) == 3
+    # another rate, seed or length is another file, and a finished run is read
+    monkeypatch.setattr(token_efficiency_runs, "train", None)
+    assert execute(family.FamilyRun(size, "AdamW", 0.02)) == (found["AdamW"], True)
+    with pytest.raises(TypeError):
+        execute(family.FamilyRun(size, "AdamW", 0.02, 1))
+
+
+def test_members_are_tuned_and_compared(tmp_path, monkeypatch, capsys):
+    class Here:
+        """Answers in place of training, as Runner does."""
+
+        def __init__(self, folder, workers, console):
+            self.results = {}
+
+        def run(self, title, runs):
+            from token_efficiency_runs import Result
+
+            for run in runs:
+                best = {"AdamW": 0.00125, REFERENCE: 0.04}.get(run.optimizer, 0.02)
+                loss = 1 + math.log2(run.lr / best) ** 2 + 0.01 * run.seed + (run.optimizer == "AdamW")
+                self.results[run] = Result(loss, parameters=10, tokens=20, seconds=1.0)
+
+        close = lambda self: None  # noqa: E731
+
+    monkeypatch.setattr(family, "Runner", Here)
+    monkeypatch.setattr(family, "open_corpus", lambda config: argparse.Namespace(description="words"))
+    monkeypatch.setitem(family.MEMBERS, "absent", dataclasses.replace(MEMBERS["AdamW"], package="no_such_package"))
+    outputs = ["--out", tmp_path / "out", "--json", tmp_path / "found.json", "--picture", tmp_path / "found.png"]
+    chosen = ["--members", "AdamW", "absent", REFERENCE, "Muon, original", "--seeds", 3, 4]
+    assert run_main(family, monkeypatch, *chosen, *outputs) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    members = {one["curve"]["scale"]: one for one in found["members"]}
+    assert list(members) == ["AdamW", REFERENCE, "Muon, original"] and found["seeds"] == [3, 4]
+    rates = {name: sorted(map(float, one["curve"]["losses"])) for name, one in members.items()}
+    assert rates["AdamW"][:2] == [0.000625, 0.00125] and rates[REFERENCE][-1] == 0.08
+    assert rates["Muon, original"] == [0.01, 0.02, 0.04]
+    assert [result["loss"] for result in members[REFERENCE]["results"]] == pytest.approx([1.03, 1.04])
+    out = capsys.readouterr().out
+    assert "absent is left out: no_such_package is not installed." in out
+    (line,) = [line for line in out.splitlines() if "AdamW" in line]
+    assert line.split() == ["AdamW", "0.00125", "2.035", "±", "0.007", "+1.000", "higher"]
+    assert (tmp_path / "found.png").stat().st_size > 0
+
+
+def test_a_sample_of_a_member_is_the_mean_over_its_period(monkeypatch):
+    monkeypatch.setitem(family_costs.MEMBERS, "period", dataclasses.replace(MEMBERS["AdamW"], period=3))
+    taken = []
+
+    def sample(name, values):
+        values = iter(values)
+        return lambda: taken.append(name) or next(values)
+
+    samples = {"period": sample("period", [1, 1, 4, 1, 1, 7, 0, 0, 0]), "AdamW": sample("AdamW", [5.0, 6.0, 9.0])}
+    assert family_costs.medians(samples, 3) == {"period": 2, "AdamW": 6}
+    assert taken[:5] == ["period", "period", "period", "AdamW", "period"]
+
+
+def test_the_share_of_a_training_step():
+    names = [REFERENCE, "AdamW"]
+    share = family_costs.share_of_training(names, rounds=1, width=32)
+    assert set(share.step_ms) == set(names) and 0 < share.of("AdamW") < 1
+    share = family_costs.Share(300.0, {REFERENCE: 100.0, "AdamW": 50.0}, 10)
+    cost = functools.partial(family_costs.Cost, state_bytes=80, numel=10)
+    several = {REFERENCE: cost(20.0, 3e6), "AdamW": cost(error="no DTensors")}
+    table = family_costs.costs_table({1: {REFERENCE: cost(10.0), "AdamW": cost(5.0)}, 2: several}, share)
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert cells[0] == (REFERENCE, "1.00", "1.00", "3.0 MB", "8.0", "25.0%")
+    assert cells[1] == ("AdamW", "0.50", "failed", "", "8.0", "14.3%")
+
+
+@pytest.mark.slow
+def test_costs_of_members():
+    names = [REFERENCE, "AdamW"]
+    table, lines, figures = family_costs.measure_costs(names, 1, model="tiny", blocks=2, width=32)
+    assert table.row_count == 2 and len(lines) == 2
+    one, two = figures["ranks"][1], figures["ranks"][2]
+    # momentum, and two moments with a counter of 4 bytes
+    assert one[REFERENCE]["state_bytes"] == two[REFERENCE]["state_bytes"] == 4 * one[REFERENCE]["numel"]
+    assert one["AdamW"]["state_bytes"] == 8 * one["AdamW"]["numel"] + 4 * 12
+    assert one[REFERENCE]["sent_bytes"] == 0 and two["AdamW"]["sent_bytes"] == 0
+    # every matrix once in bfloat16, half of it to its owner and half of it back
+    assert two[REFERENCE]["sent_bytes"] >= 2 * one[REFERENCE]["numel"]
 
 
 @pytest.mark.slow
