@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
+from distmuon.plan.reading import Reading
 
 SETTINGS = dict(lr=0.02, weight_decay=0.1, adamw_lr=0.01, adamw_weight_decay=0.2, foreach=False)
 SIZES = {"even": (8, 16, 4), "uneven": (6, 7, 5), "few": (3, 2, 1)}
@@ -61,6 +62,7 @@ class Twins:
         whole_model: The model that holds ``whole``.
         data: Which of how many parts of a batch this rank reads.
         salt: Made part of the seed of gradients: what one rank's parameters and another's differ by.
+        readings: By name, of parameters that are read otherwise than their names say.
     """
 
     ours: dict[str, torch.Tensor]
@@ -70,6 +72,7 @@ class Twins:
     whole_model: nn.Module | None = None
     data: tuple[int, int] = (0, 1)
     salt: dict[str, int] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
 
 
 @functools.cache
@@ -213,8 +216,14 @@ def kind_of(name, param):
     return "convolution" if param.ndim > 3 or "conv" in name else "matrix"
 
 
-def groups_of(named, split=None):
-    """Parameter groups. ``split`` has group keys for every other matrix, which then is in a group of its own."""
+def groups_of(named, split=None, readings=None):
+    """Parameter groups. ``split`` has group keys for every other matrix, which then is in a group of its own.
+
+    So is every parameter of ``readings``.
+    """
+    read = readings or {}
+    given = {name: param for name, param in named.items() if name in read}
+    named = {name: param for name, param in named.items() if name not in read}
     groups = [{"params": [], "use_muon": kind != "adamw", "flatten": kind == "convolution"} for kind in KINDS]
     groups.append({"params": [], "use_muon": True, **(split or {})})
     for name, param in named.items():
@@ -222,6 +231,7 @@ def groups_of(named, split=None):
         if split is not None and kind == 0 and len(groups[0]["params"]) > len(groups[-1]["params"]):
             kind = -1
         groups[kind]["params"].append((name, param))
+    groups += [{"params": [(name, p)], "use_muon": True, **read[name].keys} for name, p in given.items()]
     return [group for group in groups if group["params"]]
 
 
@@ -229,12 +239,31 @@ KINDS = ("matrix", "convolution", "adamw")
 
 
 def sharded_optimizer(twins, split=None, **settings):
-    params = twins.model if isinstance(twins.model, DistributedDataParallel) else groups_of(twins.ours, split)
+    ddp = isinstance(twins.model, DistributedDataParallel)
+    params = twins.model if ddp else groups_of(twins.ours, split, twins.readings)
     return distmuon.Muon(params, **{**SETTINGS, **twins.options, **settings})
+
+
+def matrices_of(tensor, reading):
+    """Views of the matrices of a whole parameter as they are stored, in the order of blocks, heads, experts."""
+    stored = tensor.flatten(1) if reading.flatten else tensor
+    axis = -2 if (reading.split_axis == "rows") != reading.transposed else -1
+    sizes = reading.split_sizes or (stored.shape[axis],)
+    if reading.interleaved:
+        blocks = stored.unflatten(axis, (-1, len(sizes))).unbind(axis)
+    else:
+        blocks = stored.split(sizes, dim=axis)
+    found = []
+    for number, block in enumerate(blocks):
+        for head in block.chunk(reading.heads_of(number) or 1, dim=axis):
+            found += head if head.ndim == 3 else [head]
+    return found
 
 
 class Reference:
     """Optimizers of the whole parameters: Muon of this package unbatched, or of torch, and torch's AdamW.
+
+    Matrices of the parameters that have a reading are parameters of their own here.
 
     Args:
         twins: Whose whole parameters to optimize.
@@ -248,6 +277,12 @@ class Reference:
         settings = {**SETTINGS, **settings}
         self._rest = {name: p for name, p in twins.whole.items() if kind_of(name, p) == "adamw"}
         self._matrices = {name: p for name, p in twins.whole.items() if name not in self._rest}
+        self._read, groups = {}, []
+        for name, reading in twins.readings.items():
+            # contiguous, as nothing else of them is stored beside them
+            views = matrices_of(self._matrices.pop(name).detach(), reading)
+            self._read[name] = [nn.Parameter(view.clone(memory_format=torch.contiguous_format)) for view in views]
+            groups.append({"params": self._read[name], "use_muon": True, "transposed": reading.transposed})
         self._apart = {}
         if oracle == "torch":
             # torch takes matrices alone: views of one memory stand for a stack or a convolution
@@ -257,7 +292,7 @@ class Reference:
             params = [view for views in self._apart.values() for view in views]
             muon = torch.optim.Muon(params, lr=settings["lr"], weight_decay=settings["weight_decay"])
         else:
-            muon = distmuon.Muon(groups_of(self._matrices, split), **settings)
+            muon = distmuon.Muon(groups_of(self._matrices, split) + groups, **settings)
         self.optimizers = [muon]
         if self._rest:
             adamw = dict(lr=settings["adamw_lr"], weight_decay=settings["adamw_weight_decay"], betas=(0.9, 0.95))
@@ -269,17 +304,35 @@ class Reference:
             for number, view in enumerate(views):
                 whole = grad if grad is None or self._stacked(name) else grad.flatten(1)[None]
                 view.grad = None if whole is None else whole[number]
+        for name, matrices in self._read.items():
+            grad = self.twins.whole[name].grad
+            grads = [None] * len(matrices) if grad is None else matrices_of(grad, self.twins.readings[name])
+            for matrix, part in zip(matrices, grads, strict=True):
+                matrix.grad = None if part is None else part.clone(memory_format=torch.contiguous_format)
         for optimizer in self.optimizers:
             optimizer.step()
+        for name, matrices in self._read.items():
+            self._put_together(name, matrices, self.twins.whole[name].detach())
 
     def state(self, name):
         """The state of a parameter as torch's AdamW and our Muon name it; empty if there is none yet."""
         if name in self._rest:
             return self.optimizers[1].state.get(self._rest[name], {})
+        if name in self._read:
+            states = [self.optimizers[0].state.get(matrix, {}) for matrix in self._read[name]]
+            if not any(states):
+                return {}
+            momentum = torch.empty_like(self.twins.whole[name])
+            self._put_together(name, [state["momentum_buffer"] for state in states], momentum)
+            return {"momentum_buffer": momentum}
         if name not in self._apart:
             return self.optimizers[0].state.get(self._matrices[name], {})
         found = [self.optimizers[0].state[view]["momentum_buffer"] for view in self._apart[name]]
         return {"momentum_buffer": torch.stack(found).view(self._matrices[name].shape)}
+
+    def _put_together(self, name, matrices, whole):
+        for view, matrix in zip(matrices_of(whole, self.twins.readings[name]), matrices, strict=True):
+            view.copy_(matrix.detach())
 
     def _stacked(self, name):
         return self._matrices[name].ndim == 3 and kind_of(name, self._matrices[name]) == "matrix"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from layouts import Twins, distribute, full, give_gradients, mesh_of
+from layouts import Twins, distribute, full, give_gradients, matrices_of, mesh_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -41,18 +41,8 @@ TRANSPOSED = {
 
 def split(tensor, reading):
     """The matrices of a whole parameter, output x input features."""
-    logical = tensor.flatten(1) if reading.flatten else tensor.mT if reading.transposed else tensor
-    axis = -2 if reading.split_axis == "rows" else -1
-    sizes = reading.split_sizes or (logical.shape[axis],)
-    if reading.interleaved:
-        blocks = logical.unflatten(axis, (-1, len(sizes))).unbind(-1 if axis == -1 else -2)
-    else:
-        blocks = logical.split(sizes, dim=axis)
-    found = []
-    for number, block in enumerate(blocks):
-        for head in block.chunk(reading.heads_of(number) or 1, dim=axis):
-            found += head if head.ndim == 3 else [head]
-    return [matrix.contiguous() for matrix in found]
+    found = matrices_of(tensor, reading)
+    return [(matrix.mT if reading.transposed else matrix).contiguous() for matrix in found]
 
 
 # --- layouts

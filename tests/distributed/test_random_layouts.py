@@ -1,9 +1,14 @@
-"""Whatever the shapes, meshes, placements and missing gradients: two steps have the bits of one process.
+"""Whatever the shapes, meshes, placements, readings and missing gradients: two steps have the bits of one process.
+
+There the matrices that a parameter is read as are parameters of their own.
 
 A failure prints the drawn case; ``Pool(4).run(compare, Case(...))`` runs it again.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import Reference, Twins, assert_same_bits, distribute, give_gradients, mesh_of, sharded_optimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from distmuon.plan.reading import WHOLE, Reading
 
 WORLD_SIZE = 4
 STEPS = 2
@@ -34,6 +41,7 @@ class Parameter:
         mesh: A key of ``MESHES``.
         placements: For each axis of the mesh the dimension that is sharded; None: replicated.
         missing: For each step, at which coordinates of the sharded axes the gradient is None, or ``"all"``.
+        reading: The matrices that it holds.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Parameter:
     mesh: str
     placements: tuple[int | None, ...]
     missing: tuple[Any, ...]
+    reading: Reading = WHOLE
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,40 @@ class Case:
     replicas: str
 
 
+def reading_of(shape, flatten, seed):
+    """A reading of a shape: blocks anywhere, or as many that take turns, and heads.
+
+    Not drawn by hypothesis, whose few examples are mostly simple ones.
+    """
+    random = Random(repr((shape, flatten, seed)))
+    transposed = not flatten and random.random() < 0.5
+    split_axis = "rows" if flatten else random.choice(["rows", "cols"])
+    stored = (shape[0], 0) if flatten else shape[-2:]
+    length = stored[(split_axis == "rows") == transposed]
+    how = random.choice(["stored", "blocks", "heads", "heads of blocks", "turns"])
+    several = random.choice([count for count in range(2, length) if length % count == 0] or [length])
+    sizes, heads = None, None
+    if how == "turns":
+        sizes = (length // several,) * several
+    elif how == "heads":
+        heads = several
+    elif how != "stored":
+        # heads of all blocks have one length, or else hardly any block had several
+        unit = several if how == "heads of blocks" else 1
+        places = range(1, length // unit)
+        ends = [0, *sorted(random.sample(places, min(len(places), random.randint(0, 2)))), length // unit]
+        sizes = tuple(unit * (b - a) for a, b in itertools.pairwise(ends))
+        if how == "heads of blocks":
+            each = tuple(random.choice([None, size // unit, size // unit]) for size in sizes)
+            heads = random.choice([each, math.gcd(*sizes)])
+    return Reading(flatten, transposed, sizes, heads, split_axis, how == "turns")
+
+
 @st.composite
 def parameters(draw, number):
     kind = draw(st.sampled_from(["matrix", "matrix", "conv", "adamw"]))
     # Beyond a vector register too, whose last elements go through other code
-    side = st.one_of(st.integers(1, 7), st.sampled_from([16, 35]))
+    side = st.one_of(st.integers(1, 7), st.sampled_from([6, 12, 16, 35]))
     shape = tuple(draw(side) for _ in range(draw(st.sampled_from(RANKS[kind]))))
     mesh = draw(st.sampled_from(list(MESHES)))
     dims = [None, *range(len(shape))]
@@ -67,7 +105,8 @@ def parameters(draw, number):
     # AdamW's eps is 0 in float16, so gradients of zero make it NaN
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float64", *(["float16"] if kind != "adamw" else [])]))
     name = f"{kind}{number}"
-    return Parameter(name, shape, dtype, mesh, placements, tuple(draw(missing) for _ in range(STEPS)))
+    reading = WHOLE if kind == "adamw" else reading_of(shape, kind == "conv", draw(st.integers(0, 999)))
+    return Parameter(name, shape, dtype, mesh, placements, tuple(draw(missing) for _ in range(STEPS)), reading)
 
 
 @st.composite
@@ -93,6 +132,8 @@ def build(case):
         placements = [Replicate() if dim is None else Shard(dim) for dim in p.placements]
         dtype = getattr(torch, p.dtype)
         distribute(twins, p.name, p.shape, mesh, placements if p.mesh != "none" else None, dtype, salt)
+        if not p.name.startswith("adamw"):
+            twins.readings[p.name] = p.reading
     return twins
 
 
