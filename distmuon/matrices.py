@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +22,11 @@ Change: TypeAlias = "Callable[[Route], Route]"
 Matrices: TypeAlias = "str | Mapping[str, str | Mapping[str, Any]] | None"
 
 _WORDS = ("auto", "heads", "whole")
+# Last part of the name of a parameter that holds several projections in the models that we have seen
+_FUSED_NAME = re.compile(
+    r"(^|_)w?(qkv|kv|qk)(_|$)|query_key_value|(^|_)c_attn$|^in_proj(_weight)?$|^w_?pack$|gate_?(and_)?up|up_?gate|^w1[23]$",
+    re.IGNORECASE,
+)
 
 
 def blocks_in(group: Mapping[str, Any], name: str, param: Tensor) -> tuple[Block, ...]:
@@ -46,10 +53,14 @@ def declare(
         ValueError: for a word, key or value that means nothing, a glob without a matrix, a reading that a shape does
             not fit, and a parameter on Muon that could be read in two ways and is not declared.
     """
-    routes = dict(routes)
+    routes = {
+        name: replace(route, looks_fused=route.use_muon and not route.known_fused and _named_fused(name))
+        for name, route in routes.items()
+    }
     wanted = {} if matrices is None else {"*": matrices} if isinstance(matrices, str) else matrices
     if not isinstance(wanted, Mapping):
         raise ValueError(f"matrices is a {type(wanted).__name__}: it is {_known_words()}, or a dict by name globs.")
+    presets: dict[str, bool] = {}
     for glob, asked in wanted.items():
         matches = [name for name in fnmatch.filter(routes, glob) if routes[name].use_muon]
         if not matches:
@@ -58,6 +69,7 @@ def declare(
                 f"the glob {glob!r} in matrices matches no parameter on Muon; their names look like "
                 f"{', '.join(on_muon[:3])}."
             )
+        presets.update(dict.fromkeys(matches, asked in ("auto", "heads")))
         change = _by_word(asked, names_only) if isinstance(asked, str) else _by_keys(glob, asked)
         for name in matches:
             try:
@@ -68,7 +80,29 @@ def declare(
     for route in routes.values():
         if route.use_muon and route.doubt:
             raise ValueError(route.doubt)
+    unknown = [name for name, asked in presets.items() if asked and routes[name].looks_fused]
+    if unknown:
+        warnings.warn(looks_fused(unknown), stacklevel=5)
     return routes
+
+
+def looks_fused(names: Sequence[str]) -> str:
+    """The words for parameters that may hold several matrices, of which nothing says how."""
+    owner = _owner(names[0])
+    return (
+        f"{len(names)} parameters such as {names[0]} look fused by their names and count as one matrix, as their "
+        f"modules are not known: say what they hold by matrices={{'*{owner}*': {{'split_sizes': ...}}}}, or 'whole'."
+    )
+
+
+def _owner(name: str) -> str:
+    """What the linear layer of a weight is called, or the parameter itself."""
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
+
+
+def _named_fused(name: str) -> bool:
+    return bool(_FUSED_NAME.search(_owner(name)))
 
 
 def unclear_axes(name: str, param: Tensor) -> str:
@@ -100,7 +134,8 @@ def _by_word(word: str, names_only: bool) -> Change:
 
     def change(route: Route) -> Route:
         if word == "whole" or route.preset is None:
-            return replace(route, reading=Reading(flatten=route.reading.flatten))
+            fused = route.looks_fused and word != "whole"
+            return replace(route, reading=Reading(flatten=route.reading.flatten), looks_fused=fused)
         return replace(route, reading=route.preset.by(word))
 
     return change
@@ -121,7 +156,8 @@ def _by_keys(glob: str, keys: object) -> Change:
         except ValueError as error:
             raise _MeaninglessError(error) from None
         said = "flatten" in keys or "transposed" in keys
-        return replace(route, reading=reading, doubt="" if said else route.doubt)
+        fused = route.looks_fused and not {"split_sizes", "num_heads"} & keys.keys()
+        return replace(route, reading=reading, doubt="" if said else route.doubt, looks_fused=fused)
 
     return change
 

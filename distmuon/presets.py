@@ -42,7 +42,8 @@ class Preset:
     Attributes:
         auto: Projections that a forward pass takes apart are matrices of their own.
         heads: So is every attention head.
-        labels: What the blocks of ``auto``, or else of ``heads``, are called.
+        labels: What the blocks of ``auto``, or else of ``heads``, are called, and the projections whose heads take
+            turns; empty: it holds one projection.
     """
 
     auto: Reading = WHOLE
@@ -140,6 +141,25 @@ def _phi3_mlp(module: Any) -> Found:
         yield "gate_up_proj.weight", Preset(Reading(split_sizes=(weight.shape[0] // 2,) * 2), labels=("gate", "up"))
 
 
+def _heads_take_turns(module: Any) -> Found:
+    """Of GPT-NeoX and Bloom: q, k and v of each head, so that all queries together are no block."""
+    heads = int(module.config.num_attention_heads if hasattr(module, "config") else module.num_heads)
+    yield "query_key_value.weight", Preset(heads=Reading(num_heads=3 * heads), labels=("q", "k", "v"))
+    yield "dense.weight", Preset(heads=Reading(num_heads=heads, split_axis="cols"))
+
+
+def _falcon(module: Any) -> Found:
+    heads, head = int(module.num_heads), int(module.head_dim)
+    keys, fused = int(module.num_kv_heads), WHOLE
+    if module.multi_query and not module.new_decoder_architecture:
+        fused = Reading(split_sizes=(heads * head, head, head))
+        by_head = replace(fused, num_heads=(heads, 1, 1))
+    else:  # some queries, then their k and v, take turns
+        by_head = Reading(num_heads=heads + 2 * keys)
+    yield "query_key_value.weight", Preset(fused, by_head, ("q", "k", "v"))
+    yield "dense.weight", Preset(heads=Reading(num_heads=heads, split_axis="cols"))
+
+
 def _deepseek_v3(module: Any) -> Found:
     heads = int(module.num_heads)
     rope, latent = int(module.qk_rope_head_dim), int(module.kv_lora_rank)
@@ -187,5 +207,7 @@ _RULES: tuple[tuple[frozenset[str], Callable[[Any], Found]], ...] = (
     (_SEPARATE, _separate),
     (frozenset(("Phi3Attention",)), _phi3_attention),
     (frozenset(("Phi3MLP",)), _phi3_mlp),
+    (frozenset(("GPTNeoXAttention", "BloomAttention")), _heads_take_turns),
+    (frozenset(("FalconAttention",)), _falcon),
     (frozenset(("DeepseekV3Attention",)), _deepseek_v3),
 )

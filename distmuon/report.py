@@ -10,7 +10,7 @@ import torch
 
 from distmuon.groups import Group, group_names
 from distmuon.learning_rates import group_lrs
-from distmuon.matrices import blocks_in
+from distmuon.matrices import blocks_in, looks_fused
 from distmuon.numerics.recipe import choose
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
@@ -107,6 +107,7 @@ def build_report(
             rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, max(lrs), blocks))
     notes = [
         *_unread(groups, routes),
+        *_look_fused(groups, routes),
         *_engine_notes(groups, options, pipelines),
         *(_plan_note(pipeline) for pipeline in pipelines),
     ]
@@ -135,7 +136,7 @@ def _unread(groups: Sequence[Group], routes: Mapping[str, Route]) -> list[str]:
                 continue
             reading, auto = Reading.of(group), preset.auto
             word = "auto" if auto.split_sizes else "heads"
-            if reading.split_sizes is None and reading.num_heads is None and any(_splits(preset)):
+            if preset.labels and reading.split_sizes is None and reading.num_heads is None:
                 found.setdefault((f"hold {' | '.join(preset.labels)} and count as one matrix", word), []).append(name)
             elif auto.transposed and not reading.transposed:
                 what = "are stored (in, out) and have the learning rate of (out, in)"
@@ -144,6 +145,16 @@ def _unread(groups: Sequence[Group], routes: Mapping[str, Route]) -> list[str]:
         f"{len(names)} parameters such as {names[0]} {what}: matrices={word!r} reads them as the module does."
         for (what, word), names in found.items()
     ]
+
+
+def _look_fused(groups: Sequence[Group], routes: Mapping[str, Route]) -> list[str]:
+    names = [
+        name
+        for index, group in enumerate(groups)
+        for name in group_names(group, f"group {index}")
+        if group["use_muon"] and name in routes and routes[name].looks_fused
+    ]
+    return [looks_fused(names)] if names else []
 
 
 def nothing_on_muon(report: RoutingReport) -> str:

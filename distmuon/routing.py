@@ -46,6 +46,7 @@ class Route:
         reading: The matrices that Muon takes it for.
         preset: What is known of the module that holds it.
         doubt: Why it cannot be read without being declared, an error message; empty: it can.
+        looks_fused: Whether its name says that it holds several matrices, and neither a preset nor the user how.
     """
 
     use_muon: bool
@@ -53,11 +54,17 @@ class Route:
     reading: Reading = WHOLE
     preset: Preset | None = None
     doubt: str = ""
+    looks_fused: bool = False
 
     @property
     def flatten(self) -> bool:
         """Whether all axes after the first are joined to one (convolutions)."""
         return self.reading.flatten
+
+    @property
+    def known_fused(self) -> bool:
+        """Whether a preset says that several projections are in it."""
+        return self.preset is not None and bool(self.preset.labels)
 
 
 def clean_name(name: str) -> str:

@@ -1,7 +1,9 @@
 """Parameters that hold several matrices: blocks, heads, transposed storage, and what presets know of modules."""
 
+import contextlib
 import copy
 import functools
+import re
 import warnings
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import distmuon
 from distmuon.flight import LocalParameter
@@ -19,6 +22,7 @@ from distmuon.plan.boxes import Box, chunk
 from distmuon.plan.layouts import check_holdings
 from distmuon.plan.parameters import Holding
 from distmuon.plan.reading import Reading
+from distmuon.plan.words import describe
 from distmuon.presets import presets_of
 
 SETTINGS = dict(lr=0.02, weight_decay=0.1, adamw_lr=0.01)
@@ -367,7 +371,14 @@ KINDS = {
     "olmoe": SIZES | GQA | EXPERTS | dict(intermediate_size=10),
     "gpt_oss": SIZES | GQA | EXPERTS,
     "deepseek_v3": SIZES | LATENT | EXPERTS,
+    "gpt_neox": SIZES | dict(intermediate_size=20),
+    "bloom": SIZES,
+    "falcon": SIZES | dict(multi_query=False, new_decoder_architecture=False),
+    "falcon multi-query": SIZES | dict(multi_query=True, new_decoder_architecture=False),
+    "falcon groups": SIZES | dict(num_kv_heads=2, new_decoder_architecture=True),
 }
+# What gives queries, keys and values in attention that knows no other kind of itself
+SEAMS = {"BloomAttention": "_reshape", "FalconAttention": "_split_heads"}
 ATTENDING_HEAD = 1
 
 
@@ -383,14 +394,48 @@ class Probe:
         return out, None
 
 
+class Seam(TorchFunctionMode):
+    """The same of attention without a registry, by the method that takes its fused projection apart."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.method = attention, SEAMS[type(attention).__name__]
+
+    def __enter__(self):
+        apart, repeats = getattr(self.attention, self.method), 1
+        if getattr(self.attention, "new_decoder_architecture", False):  # which gives keys once a query
+            repeats = self.attention.num_heads // self.attention.num_kv_heads
+
+        def note(fused):
+            q, k, v = apart(fused)
+            by_head = [seen.movedim(2, 1) if self.method == "_split_heads" else seen for seen in (q, k, v)]
+            Probe.seen |= {"q": by_head[0], "k": by_head[1][:, ::repeats], "v": by_head[2][:, ::repeats]}
+            return q, k, torch.ones_like(v)
+
+        setattr(self.attention, self.method, note)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        delattr(self.attention, self.method)
+        return super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.softmax:
+            found.zero_()[:, ATTENDING_HEAD, :, 0] = 1
+        return found
+
+
 @functools.cache
 def model_of(kind):
     transformers = pytest.importorskip("transformers")
     transformers.AttentionInterface.register("probe", Probe())
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **KINDS[kind])
+    name = kind.partition(" ")[0]
+    config = transformers.AutoConfig.for_model(name, **KINDS[kind])
+    attention = "eager" if name in ("bloom", "falcon") else "probe"
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="probe", experts_implementation="eager"
+        config, attn_implementation=attention, experts_implementation="eager"
     )
     for param in model.parameters():
         param.data.normal_(std=0.3)
@@ -402,7 +447,8 @@ def noted(model):
     attention = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
     given = []
     hook = attention.register_forward_hook(lambda _, __, output: given.append(output[0].clone()))
-    with torch.no_grad():
+    seam = Seam(attention) if type(attention).__name__ in SEAMS else contextlib.nullcontext()
+    with torch.no_grad(), seam:
         model(torch.arange(1, 6)[None], use_cache=False)
     hook.remove()
     found = {(name, head): seen[:, head].clone() for name, seen in Probe.seen.items() for head in range(seen.shape[1])}
@@ -426,7 +472,10 @@ def weights(model, suffix):
     return next((name, param.detach()) for name, param in model.named_parameters() if name.endswith(suffix))
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("gpt2", "c_attn.weight"), ("phi3", "qkv_proj.weight")])
+FUSED = {"gpt2": "c_attn.weight", "phi3": "qkv_proj.weight", "falcon multi-query": "query_key_value.weight"}
+
+
+@pytest.mark.parametrize(("kind", "suffix"), FUSED.items())
 def test_blocks_of_fused_projections(kind, suffix):
     model = model_of(kind)
     name, weight = weights(model, suffix)
@@ -443,6 +492,15 @@ HEADS = {
     "gpt2": ("c_attn.weight", "c_proj.weight"),
     "phi": ("q_proj.weight", "k_proj.weight", "v_proj.weight", "dense.weight"),
     "phi3": ("qkv_proj.weight", "o_proj.weight"),
+    **dict.fromkeys(
+        ("gpt_neox", "bloom", "falcon", "falcon multi-query", "falcon groups"),
+        ("query_key_value.weight", "dense.weight"),
+    ),
+}
+# Of which projection and of which head each head of a fused weight is, where they take turns
+TURNS = {
+    **{kind: [(what, head) for head in range(4) for what in "qkv"] for kind in ("gpt_neox", "bloom", "falcon")},
+    "falcon groups": [place for at in (0, 1) for place in (("q", 2 * at), ("q", 2 * at + 1), ("k", at), ("v", at))],
 }
 
 
@@ -458,11 +516,54 @@ def test_heads(kind):
             for head, matrix in enumerate(found):
                 assert touched(model, matrix) == ({"out"} if head == ATTENDING_HEAD else set()), (name, head)
             continue
-        labels = suffix[0] if suffix[0] in "qkv" and suffix != "qkv_proj.weight" else "qkv"
-        wanted = [place for label in labels for place in sorted(seen.keys() - {"out"}) if place[0] == label]
+        labels = suffix[0] if suffix in ("q_proj.weight", "k_proj.weight", "v_proj.weight") else "qkv"
+        wanted = TURNS.get(kind) or [
+            place for label in labels for place in sorted(seen.keys() - {"out"}) if place[0] == label
+        ]
         assert len(found) == len(wanted)
         for matrix, place in zip(found, wanted, strict=True):
             assert touched(model, matrix) == {place}
+
+
+def test_cross_attention_of_gpt2():
+    """Which has k and v in c_attn, and q beside them."""
+    transformers = pytest.importorskip("transformers")
+    model_of("gpt2")  # registers the probe
+    config = transformers.AutoConfig.for_model("gpt2", **SIZES, add_cross_attention=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="probe").eval()
+    path, attention = next((p, m) for p, m in model.named_modules() if p.endswith("crossattention"))
+    for param in attention.parameters():
+        param.data.normal_(std=0.3)
+    known, tokens, others = presets(model), torch.randn(1, 5, 24), torch.randn(1, 7, 24)
+
+    def seen():
+        with torch.no_grad():
+            out = attention(tokens, encoder_hidden_states=others)[0]
+        return {(what, head): Probe.seen[what][:, head].clone() for what in "qkv" for head in range(4)} | {"out": out}
+
+    def changed(matrix):
+        before, kept = seen(), matrix.clone()
+        matrix.add_(torch.randn(matrix.shape))
+        after = seen()
+        matrix.copy_(kept)
+        return {place for place in before if not torch.equal(before[place], after[place])}
+
+    def matrices(name, word):
+        return read(getattr(attention, name).weight.detach(), known[f"{path}.{name}.weight"].by(word))
+
+    assert known[f"{path}.c_attn.weight"].labels == ("k", "v")
+    for word, wanted in {
+        "auto": [{("k", head) for head in range(4)}, {("v", head) for head in range(4)}],
+        "heads": [{(what, head)} for what in "kv" for head in range(4)],
+    }.items():
+        assert [changed(matrix) for matrix in matrices("c_attn", word)] == wanted
+    (q,) = matrices("q_attn", "auto")
+    assert q.shape == (24, 24) and changed(q) == {("q", head) for head in range(4)}
+    assert [changed(matrix) for matrix in matrices("q_attn", "heads")] == [{("q", head)} for head in range(4)]
+    heads = [changed(matrix) for matrix in matrices("c_proj", "heads")]
+    assert heads == [{"out"} if head == ATTENDING_HEAD else set() for head in range(4)]
+    q[3].zero_()  # rows are output features
+    assert seen()["q", 0][..., 3].sub(attention.q_attn.bias[3].detach()).abs().max() == 0
 
 
 def test_latent_attention():
@@ -574,6 +675,34 @@ def test_attention_of_torch():
     assert known["in_proj_weight"].labels == ("q", "k", "v") and q.shape == (8, 8)
 
 
+def test_heads_of_attention_of_torch():
+    """Weights by head tell those of q and k; those of v are tied to columns of the output."""
+    module, tokens = nn.MultiheadAttention(8, 4, batch_first=True, bias=False), torch.randn(1, 3, 8)
+    known = presets(module)
+    fused = read(module.in_proj_weight.detach(), known["in_proj_weight"].heads)
+    columns = read(module.out_proj.weight.detach(), known["out_proj.weight"].heads)
+    assert [tuple(matrix.shape) for matrix in fused + columns] == [(2, 8)] * 12 + [(8, 2)] * 4
+
+    def given():
+        with torch.no_grad():
+            return module(tokens, tokens, tokens, average_attn_weights=False)
+
+    for place, matrix in enumerate(fused):
+        projection, head = divmod(place, 4)
+        before, kept = given(), matrix.clone()
+        matrix.neg_()
+        after = given()
+        changed = [not torch.equal(a, b) for a, b in zip(before[1][0], after[1][0], strict=True)]
+        assert changed == [projection < 2 and head == other for other in range(4)]
+        if projection == 2:
+            # its own columns bring it back
+            columns[head].neg_()
+            torch.testing.assert_close(given()[0], before[0])
+            columns[head].neg_()
+            assert not torch.allclose(after[0], before[0])
+        matrix.copy_(kept)
+
+
 REPORTS = {
     ("gpt2", "c_attn.weight"): ("24 x 72", "24 + 24 + 24 x 24 (rows: q | k | v; stored transposed)"),
     ("gpt2", "c_fc.weight"): ("24 x 96", "96 x 24 (stored transposed)"),
@@ -584,6 +713,7 @@ REPORTS = {
         "3 of 20 + 20 x 24 (rows: gate | up, taking turns; stored transposed)",
     ),
     ("deepseek_v3", "kv_a_proj_with_mqa.weight"): ("10 x 24", "6 + 4 x 24 (rows: latent | rope k)"),
+    ("falcon multi-query", "query_key_value.weight"): ("36 x 24", "24 + 6 + 6 x 24 (rows: q | k | v)"),
 }
 BY_HEAD = {
     ("gpt2", "c_attn.weight"): "4 + 4 + 4 heads of 6 x 24 (rows: q | k | v; stored transposed)",
@@ -591,6 +721,8 @@ BY_HEAD = {
     ("llama", "q_proj.weight"): "4 heads of 8 x 24 (rows)",
     ("llama", "o_proj.weight"): "4 heads of 24 x 8 (columns)",
     ("deepseek_v3", "kv_b_proj.weight"): "4 times (5 + 7) x 6 (rows: k | v)",
+    ("falcon multi-query", "query_key_value.weight"): "4 + 1 + 1 heads of 6 x 24 (rows: q | k | v)",
+    ("gpt_neox", "query_key_value.weight"): "12 heads of 6 x 24 (rows)",
 }
 
 
@@ -612,6 +744,62 @@ def test_reports():
     )
     biases = {row.name: row.algorithm for row in distmuon.Muon(model_of("gpt_oss"), **SETTINGS).report().rows}
     assert biases["model.layers.0.mlp.experts.gate_up_proj_bias"] == "adamw"
+
+
+def test_heads_that_take_turns_are_told_of():
+    """No block of rows is all queries, so that "auto" has nothing to offer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for matrices in (None, "auto"):
+            notes = distmuon.Muon(model_of("gpt_neox"), **SETTINGS, matrices=matrices).report().notes
+            wanted = "query_key_value.weight hold q | k | v and count as one matrix: matrices='heads' reads them"
+            assert [wanted in note for note in notes[:1]] == [True]
+
+
+def test_equal_keys_and_values_by_turns_in_words():
+    reading = Reading(split_sizes=(4, 4) * 6)
+    assert describe(blocks_of("w", (48, 8), reading), reading, ("k", "v")) == "6 times (4 + 4) x 8 (rows: k | v)"
+
+
+FUSED_NAMES = ["qkv", "Wqkv", "linear_qkv", "query_key_value", "c_attn", "in_proj", "W_pack", "kv_proj", "to_kv"]
+FUSED_NAMES += ["gate_up_proj", "up_gate_proj", "w12"]
+
+
+@pytest.mark.parametrize("name", FUSED_NAMES)
+def test_what_looks_fused_and_is_not_known_is_told(name):
+    model = nn.Sequential()
+    for layer in ("0", "1"):
+        model.add_module(layer, nn.Module())
+        model[int(layer)].add_module(name, nn.Linear(8, 24))
+        model[int(layer)].q_proj = nn.Linear(8, 8)
+    told = rf"2 parameters such as 0.{name}.weight look fused .*matrices={{'\*{name}\*': {{'split_sizes': ...}}}}"
+    declared = {f"*.{name}.weight": {"split_sizes": (8, 8, 8)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for params in (model, model.named_parameters()):
+            notes = distmuon.Muon(params, **SETTINGS).report().notes
+            assert re.match(told, notes[0])
+        for matrices in (declared, {"*": "auto", **declared}, "whole", {"*": "auto", f"*{name}*": "whole"}):
+            notes = distmuon.Muon(model, **SETTINGS, matrices=matrices).report().notes
+            assert not any("look fused" in note for note in notes)
+    for matrices in ("auto", "heads", {"0.*": "auto", "1.*": {"transposed": False}}):
+        count = 2 if isinstance(matrices, str) else 1
+        with pytest.warns(UserWarning, match=rf"^{count} parameters such as 0.{name}.weight look fused") as caught:
+            optimizer = distmuon.Muon(model, **SETTINGS, matrices=matrices)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert re.match(told, optimizer.report().notes[0])
+        row = next(row for row in optimizer.report().rows if row.name == f"0.{name}.weight")
+        assert row.matrices == "24 x 8"
+
+
+def test_what_is_not_fused_is_not_told():
+    model = nn.ModuleDict()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up", "gate_proj", "c_fc", "c_proj", "kvant", "w1", "wk"):
+        model[name] = nn.Linear(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notes = distmuon.Muon(model, **SETTINGS, matrices="auto").report().notes
+    assert not any("fused" in note for note in notes)
 
 
 def test_classes_of_the_same_name_elsewhere_are_not_known():

@@ -28,7 +28,7 @@ def describe(blocks: Sequence[Block], reading: Reading, labels: Sequence[str] = 
     sizes = reading.split_sizes or (sum(block.cut.size for block in blocks if block.cut is not None),)
     heads = [reading.heads_of(number) for number in range(len(sizes))]
     lengths = [size // count if count else size for size, count in zip(sizes, heads, strict=True)]
-    times, sizes = _repeated(sizes) if not any(heads) else (1, sizes)
+    times, sizes = _repeated(sizes, len(labels)) if not any(heads) else (1, sizes)
     if all(heads) and len(set(lengths)) == 1:
         shape = f"{lengths[0]} x {other}" if along_rows else f"{other} x {lengths[0]}"
         text = f"{' + '.join(map(str, heads))} heads of {shape}"
@@ -50,11 +50,11 @@ def describe(blocks: Sequence[Block], reading: Reading, labels: Sequence[str] = 
     return f"{text} ({'; '.join([axis, *notes])})"
 
 
-def _repeated(sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """How often which sizes repeat, where there are too many to list."""
+def _repeated(sizes: tuple[int, ...], labels: int) -> tuple[int, tuple[int, ...]]:
+    """How often which sizes repeat, where there are too many to list; as many as there are labels, if any."""
     count = len(sizes)
     if count > _SHOWN:
-        for period in range(1, count // 2 + 1):
+        for period in range(labels or 1, count // 2 + 1):
             if count % period == 0 and sizes == sizes[:period] * (count // period):
                 return count // period, sizes[:period]
     return 1, sizes
