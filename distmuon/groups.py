@@ -214,13 +214,15 @@ def check_group(group: Group, label: str, options: Options) -> None:
 
 
 def follow_cycled_betas(groups: Sequence[Group]) -> None:
-    """Take for the momentum of matrices what OneCycleLR and CyclicLR wrote to ``betas``.
+    """Take for the momentum of matrices what OneCycleLR and CyclicLR wrote to ``betas`` since the last step.
 
-    They cycle the first of ``betas`` where an optimizer has any, and ``momentum`` only where it has none.
+    They cycle the first of ``betas`` where an optimizer has any, and ``momentum`` only where it has none. What was
+    followed is a key of the group, and so of the state dict: between two of their steps a momentum set by hand stays,
+    in a resumed run too.
     """
     for group in groups:
-        if group["use_muon"] and "max_momentum" in group:
-            group["momentum"] = group["betas"][0]
+        if group["use_muon"] and "max_momentum" in group and group.get("followed_beta") != group["betas"][0]:
+            group["momentum"] = group["followed_beta"] = group["betas"][0]
 
 
 def check_loaded(groups: Sequence[Group], options: Options) -> None:

@@ -6,6 +6,11 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 import distmuon
@@ -132,6 +137,58 @@ def test_schedulers_that_cycle_momentum_cycle_that_of_matrices(cycle):
             train(net, opt, range(step, step + 1))
             scheduler.step()
     assert_same(model, twin)
+
+
+def test_momentum_set_by_hand_stays_until_the_schedule_goes_on():
+    model = make_model()
+    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01)
+    scheduler = OneCycleLR(optimizer, max_lr=0.02, total_steps=8)
+    group = optimizer.param_groups[0]
+    train(model, optimizer, range(1))
+    assert group["momentum"] == group["betas"][0] == 0.95
+    group["momentum"] = 0.5
+    train(model, optimizer, range(2))
+    assert group["momentum"] == 0.5
+    scheduler.step()
+    train(model, optimizer, range(1))
+    assert group["momentum"] == group["betas"][0] != 0.95
+
+
+@pytest.mark.parametrize("way", ["state_dict", "nested", "flat"])
+def test_a_resumed_run_keeps_the_momentum_that_was_set_by_hand(way):
+    """A run that goes on and one that is loaded into new objects step alike, before the schedule goes on and after."""
+    runs = []
+    options = StateDictOptions(flatten_optimizer_state_dict=way == "flat")
+    for resumed in (False, True):
+        model, optimizer, scheduler = cycled()
+        train(model, optimizer, range(2))
+        optimizer.param_groups[0]["momentum"] = 0.5
+        if resumed:
+            saved = copy.deepcopy((model.state_dict(), scheduler.state_dict()))
+            states = optimizer.state_dict()
+            if way != "state_dict":
+                states = get_optimizer_state_dict(model, optimizer, options=options)
+            states = copy.deepcopy(states)
+            model, optimizer, scheduler = cycled()
+            model.load_state_dict(saved[0])
+            if way == "state_dict":
+                optimizer.load_state_dict(states)
+            else:
+                set_optimizer_state_dict(model, optimizer, states, options=options)
+            scheduler.load_state_dict(saved[1])
+        train(model, optimizer, range(2, 4))
+        assert optimizer.param_groups[0]["momentum"] == 0.5
+        scheduler.step()
+        train(model, optimizer, range(4, 5))
+        assert optimizer.param_groups[0]["momentum"] == optimizer.param_groups[0]["betas"][0]
+        runs.append(model)
+    assert_same(*runs)
+
+
+def cycled():
+    model = make_model()
+    optimizer = distmuon.Muon(model, lr=0.02, adamw_lr=0.01)
+    return model, optimizer, OneCycleLR(optimizer, max_lr=0.02, total_steps=8)
 
 
 def test_one_optimizer_a_parameter_in_backward():
