@@ -29,12 +29,22 @@ class MuonFactory:
         """The optimizer of a model, before accelerate wraps or shards it.
 
         As with the Trainer's own optimizers, vectors and scalars (norms, biases) do not decay. Under DDP the
-        processes share the work. The Trainer's ``learning_rate`` and ``weight_decay`` are not looked at.
+        processes share the work. The Trainer hands over the model alone: its ``learning_rate`` and ``weight_decay`` are
+        not seen here.
 
         Args:
             model: Its parameters, trained or frozen.
-            **kwargs: Of :class:`distmuon.Muon`.
+            **kwargs: Of :class:`distmuon.Muon`, the rate among them.
+
+        Raises:
+            ValueError: without a rate, for which a default of this package would stand in unseen.
         """
+        if "lr" not in kwargs:
+            raise ValueError(
+                "MuonFactory has no lr, and the Trainer does not hand its args.learning_rate to it: pass it in the "
+                'pair, optimizer_cls_and_kwargs=(MuonFactory, {"lr": args.learning_rate, "adjust_lr_fn": '
+                '"match_rms_adamw"}), with which one rate serves matrices and the rest.'
+            )
         if distributed():
             kwargs.setdefault("mesh", default_group())
         optimizer = Muon(model, **kwargs)

@@ -11,7 +11,7 @@ from trainer_cases import RATES, STEPS, Tracker, by_hand, small_model, trained, 
 from transformers import TrainerState
 
 import distmuon
-from distmuon.integrations.transformers import MuonMetrics
+from distmuon.integrations.transformers import MuonFactory, MuonMetrics
 
 
 def assert_same(found, wanted, tolerance=0.0):
@@ -67,6 +67,20 @@ def test_metrics(tmp_path):
         assert entry["optim/skipped_steps"] == 0
         assert entry["optim/ns_ms"] >= 0
     assert max(entry["lr/muon"] for entry in log) == RATES["lr"]
+
+
+def test_a_factory_without_a_rate_says_where_to_put_it(tmp_path):
+    """The Trainer hands it the model alone, so that args.learning_rate is nowhere to be seen."""
+    from transformers import Trainer, TrainingArguments
+
+    with alone():
+        arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-3, use_cpu=True, report_to="none")
+        given = {"adjust_lr_fn": "match_rms_adamw"}
+        trainer = Trainer(small_model(), arguments, optimizer_cls_and_kwargs=(MuonFactory, given))
+        with pytest.raises(ValueError, match=r'"lr": args\.learning_rate'):
+            trainer.create_optimizer()
+        given["lr"] = arguments.learning_rate
+        assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {3e-3}
 
 
 def test_the_plain_class_says_what_to_do(tmp_path):
