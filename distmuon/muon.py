@@ -338,6 +338,11 @@ class Muon(Optimizer):
                     step_adamw(turn, self.param_groups, self.state, self._options)
         return True
 
+    @property
+    def replica_mesh(self) -> Mesh | None:
+        """The mesh or process group over which plain parameters are replicated; None where that is not known."""
+        return self._mesh
+
     def owners(self) -> dict[Tensor, int]:
         """The global rank that orthogonalizes each replicated matrix, by parameter.
 

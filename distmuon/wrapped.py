@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distmuon.checkpoint.joining import join_state_dicts, packed, split_state_dict
-from distmuon.comm.group import ProcessGroup
+from distmuon.comm.group import Mesh, ProcessGroup
 from distmuon.groups import Group, follow_cycled_betas
 from distmuon.moving import Origin, Roads, divide, put_back, take_out
 from distmuon.muon import Muon
@@ -66,6 +66,11 @@ class WrappedMuon(Optimizer):
     def skipped_steps(self) -> int:
         """Steps that ``on_nonfinite="skip"`` left out since this object was made."""
         return self.muon.skipped_steps
+
+    @property
+    def replica_mesh(self) -> Mesh | None:
+        """The mesh or process group over which plain parameters are replicated; None where that is not known."""
+        return self.muon.replica_mesh
 
     @overload
     def step(self, closure: None = None) -> None: ...

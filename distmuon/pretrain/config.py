@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +42,16 @@ class OptimConfig:
         teams: Whether several ranks may own a matrix together where the cost table says that it pays.
         matrices: Which matrices weights hold (docs/matrices.md): auto takes apart what modules fuse, heads attention
             heads too, or group keys by globs of names; null: each weight is one matrix.
+        variant: muon, normuon (rows of one size) or adamuon (elements over the root of their second moment): see
+            docs/family.md, as for the next five.
+        muon_beta2: Averaging coefficient of the second moments of normuon and adamuon.
+        cautious_wd: Decay only the weights that the step makes smaller.
+        block_period: Orthogonalize whole matrices in every so many steps, and blocks of them in those between.
+        blocks: Parts of the rows of a matrix; as many as parallel.dp_shard are those that processes store.
+        block_lr_ratio: Learning rate of the steps between over lr.
+        qk_clip: Bound of attention logits, above which heads are scaled after the step (docs/qk_clip.md), such as 100;
+            null: off. With either optimizer.
+        qk_clip_every: Record logits and clip in every so many steps.
         ns_dtype: Precision of the iteration; float32 makes runs on other numbers of processes agree far closer, as
             rounding of summed gradients is not amplified by bfloat16.
         on_nonfinite: What NaN or an infinity in a gradient does under muon: raise ends the run with the name of the
@@ -69,6 +80,14 @@ class OptimConfig:
     cost_table: str | None = None
     teams: bool = True
     matrices: Literal["auto", "heads"] | dict[str, Any] | None = None
+    variant: Literal["muon", "normuon", "adamuon"] = "muon"
+    muon_beta2: float = 0.95
+    cautious_wd: bool = False
+    block_period: int = 1
+    blocks: int | None = None
+    block_lr_ratio: float = 1.0
+    qk_clip: float | None = None
+    qk_clip_every: int = 1
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     on_nonfinite: Literal["raise", "skip"] | None = "raise"
     verify_exchange: bool = False
@@ -223,6 +242,10 @@ _AT_LEAST = (
     ("optim.adamw_lr", 0),
     ("optim.weight_decay", 0),
     ("optim.ns_steps", 1),
+    ("optim.block_period", 1),
+    ("optim.blocks", 1),
+    ("optim.block_lr_ratio", 0),
+    ("optim.qk_clip_every", 1),
     ("optim.grad_clip", 0),
     ("optim.warmup_steps", 0),
     ("log.every", 1),
@@ -259,6 +282,10 @@ def validate(config: Config) -> None:
         value = get(config, key)
         if not 0 <= value <= 1:
             raise UserError(f"{key} is {value}, and it is a part of a whole: give a number from 0 to 1.")
+    if optim.qk_clip is not None and not 0 < optim.qk_clip < math.inf:
+        raise UserError(
+            f"optim.qk_clip is {optim.qk_clip:g}, and it is a bound of logits: give a number such as 100, or null."
+        )
     coefficients = optim.ns_coefficients
     if isinstance(coefficients, list) and len(coefficients) != 3:
         raise UserError(

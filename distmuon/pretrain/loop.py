@@ -21,13 +21,14 @@ from distmuon.pretrain.finite import FiniteGuard
 from distmuon.pretrain.interrupt import Interrupted, InterruptGuard
 from distmuon.pretrain.memory import peak_memory_gib
 from distmuon.pretrain.metrics import Record
-from distmuon.pretrain.optimizer import learning_rates, step_stats
+from distmuon.pretrain.optimizer import clip_metrics, learning_rates, step_stats
 from distmuon.pretrain.parallel import Layout
 from distmuon.pretrain.phase import phase
 from distmuon.pretrain.precision import autocast, synchronize
 from distmuon.pretrain.processes import average_, largest
 from distmuon.pretrain.report import BITS_PER_BYTE, TRAIN_LOSS, VALIDATION_LOSS
 from distmuon.pretrain.sharding import Placed, settle_gradients
+from distmuon.qk_clip.attach import QKClip
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Parts:
         layout: Arrangement of the processes.
         placed: The model, in training mode on ``device``.
         optimizer: Its optimizer.
+        qk_clip: What keeps attention logits in bounds after its steps; None: nothing does.
         routing: What it does to which parameter, as a sentence and a table.
         scheduler: Its learning rates.
         loader: This rank's endless training batches of ``device_batch`` sequences.
@@ -55,6 +57,7 @@ class Parts:
     layout: Layout
     placed: Placed
     optimizer: Optimizer
+    qk_clip: QKClip | None
     routing: tuple[str, str]
     scheduler: LambdaLR
     loader: Iterable[dict[str, Tensor]]
@@ -174,6 +177,7 @@ class Loop:
             record["optim/step_ms"] = optimizer_s * 1e3
             record["optim/pct_of_step"] = 100.0 * optimizer_s / step_s
             record.update(step_stats(parts.optimizer))
+            record.update(clip_metrics(parts.qk_clip))
             if self._finite.skipped_steps is not None:
                 record["optim/skipped_steps"] = self._finite.skipped_steps
         if evaluates:

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 import distmuon
 from distmuon.pretrain.config import OptimConfig
 from distmuon.pretrain.errors import UserError
+from distmuon.qk_clip.attach import QKClip
+from distmuon.values import FAMILY_KEYS
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, step_stats: bool = False) -> Optimizer:
@@ -36,6 +38,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, step_stats: bool =
         raise UserError(f"the optimizer refuses the optim section: {error}") from error
 
 
+def attach_qk_clip(model: nn.Module, optimizer: Optimizer, config: OptimConfig) -> QKClip | None:
+    """Keep attention logits under ``optim.qk_clip``.
+
+    Args:
+        model: As `build_optimizer` has it.
+        optimizer: Of the model.
+        config: The ``optim`` section.
+
+    Returns:
+        The handle; None if it is off.
+
+    Raises:
+        UserError: If the model's attention is none that can be clipped.
+    """
+    if config.qk_clip is None:
+        return None
+    try:
+        return distmuon.attach_qk_clip(model, optimizer, tau=config.qk_clip, every=config.qk_clip_every)
+    except ValueError as error:
+        raise UserError(f"optim.qk_clip is {config.qk_clip:g}, and {error} Or set it to null.") from error
+
+
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The present learning rate of each algorithm, named ``lr/muon`` and ``lr/adamw``."""
     rates: dict[str, float] = {}
@@ -47,6 +71,20 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 def step_stats(optimizer: Optimizer) -> dict[str, float]:
     """What Muon measured of its last step, by the names of the metrics; empty if it was not asked to."""
     return optimizer.last_step_stats() if isinstance(optimizer, distmuon.Muon) else {}
+
+
+def clip_metrics(handle: QKClip | None) -> dict[str, float]:
+    """``qk_clip/max_logit`` and ``qk_clip/clipped_heads`` of the last step that was recorded; waits for the device.
+
+    Args:
+        handle: From `attach_qk_clip`.
+
+    Returns:
+        Empty without a handle, and before its first recorded step; the same on all ranks.
+    """
+    found = {} if handle is None else handle.metrics()
+    # a count since the start of the process would not be that of a run that was resumed
+    return {name: value for name, value in found.items() if name != "qk_clip/clips"}
 
 
 def routing(optimizer: Optimizer) -> tuple[str, str]:
@@ -76,6 +114,7 @@ def muon_options(config: OptimConfig) -> dict[str, Any]:
         "cost_table": config.cost_table,
         "teams": config.teams,
         "matrices": config.matrices,
+        **{key: getattr(config, key) for key in FAMILY_KEYS},
         "on_nonfinite": config.on_nonfinite,
         "verify_exchange": config.verify_exchange,
         "ns_dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.ns_dtype],

@@ -24,7 +24,7 @@ from distmuon.pretrain.flops import flops_per_token, peak_flops
 from distmuon.pretrain.loop import Hooks, Loop, Parts
 from distmuon.pretrain.metrics import MetricsFile, Record
 from distmuon.pretrain.model import build_model, count_parameters, model_config
-from distmuon.pretrain.optimizer import build_optimizer, routing
+from distmuon.pretrain.optimizer import attach_qk_clip, build_optimizer, routing
 from distmuon.pretrain.parallel import Layout, check_features, resolve_layout
 from distmuon.pretrain.precision import choose_device, choose_dtype, describe, set_up_torch
 from distmuon.pretrain.processes import agreed, check_same, local_rank, on_first, process_group, rank, world_size
@@ -81,6 +81,8 @@ def train(config: Config, resume: str | None = None) -> Summary:
             with agreed():
                 # other data than the checkpoint's are refused here, before anything in the folder changes
                 parts = dataclasses.replace(parts, loader=iter(parts.loader))
+            if parts.qk_clip is not None:
+                parts.qk_clip.resume(int(parts.state.progress["step"]))
             on_first(lambda: _take_note(folder))
             if parts.state.progress["step"] >= parts.plan.steps:
                 return _finished_before(parts, folder, corpus)
@@ -165,6 +167,7 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         torch.manual_seed(seed + data_rank)  # other dropout for other data
     with agreed():
         optimizer = build_optimizer(placed.wrapped, config.optim, step_stats=config.log.step_stats)
+        qk_clip = attach_qk_clip(placed.wrapped, optimizer, config.optim)
     routed = routing(optimizer)  # with peak rates, which the schedule changes
     scheduler = build_scheduler(optimizer, config.optim, plan.steps)
     loader = train_loader(corpus, config.data, plan.device_batch, rank=data_rank, world_size=layout.data_ranks)
@@ -174,6 +177,7 @@ def _build(config: Config, corpus: Corpus, layout: Layout) -> tuple[Config, Part
         layout=layout,
         placed=placed,
         optimizer=optimizer,
+        qk_clip=qk_clip,
         routing=routed,
         scheduler=scheduler,
         loader=loader,

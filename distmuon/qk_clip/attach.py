@@ -94,8 +94,8 @@ def attach_qk_clip(
         )
     if mesh is None:
         mesh = replicas_of(model)
-    if mesh is None:
-        mesh = _replicas_known_to(optimizer)
+    if mesh is None and isinstance(optimizer, Muon | WrappedMuon):
+        mesh = optimizer.replica_mesh
     handle = QKClip(layers, tau, gqa, every, mesh)
     handle.attach(optimizer)
     return handle
@@ -243,6 +243,18 @@ class QKClip:
         """Forget what was recorded since the last step."""
         self._maxima.reset()
 
+    def resume(self, steps: int) -> None:
+        """Go on after so many steps of another process, with ``every`` in its turn; metrics begin anew.
+
+        Call it after optimizer state is loaded, as ``torch.distributed.checkpoint`` makes a step to load into.
+
+        Args:
+            steps: How many were made before, those that were left out too.
+        """
+        self._last = self._clips = None
+        self._steps = steps - 1
+        self._begin()
+
     def last_max_logits(self) -> dict[str, Tensor]:
         """The largest logits of each layer in the last recorded step, of all ranks and before it was clipped.
 
@@ -320,11 +332,5 @@ class _Site(Recording):
             handle._take(self._number, max_logits)
 
 
-def _replicas_known_to(optimizer: Optimizer | None) -> Mesh | None:
-    muon = optimizer.muon if isinstance(optimizer, WrappedMuon) else optimizer
-    return muon._mesh if isinstance(muon, Muon) else None
-
-
 def _skipped_steps(optimizer: Optimizer) -> int:
-    muon = optimizer.muon if isinstance(optimizer, WrappedMuon) else optimizer
-    return muon.skipped_steps if isinstance(muon, Muon) else 0
+    return optimizer.skipped_steps if isinstance(optimizer, Muon | WrappedMuon) else 0

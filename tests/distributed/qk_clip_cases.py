@@ -148,3 +148,21 @@ def plain_and_unknown():
     handle = distmuon.attach_qk_clip(model, tau=TAU)
     model(input_ids=batch_of(0, 1, 0))
     handle.step()
+
+
+def mesh_of_the_optimizer():
+    """Muon knows over which ranks DDP copies parameters, and so does an optimizer that was wrapped."""
+    group, found = dist.group.WORLD, []
+    for wrapped in (False, True):
+        model = make_model()
+        if wrapped:
+            optimizer = distmuon.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-3), mesh=group)
+        else:
+            optimizer = distmuon.Muon(model, lr=1e-3, adjust_lr_fn="match_rms_adamw", mesh=group)
+        assert optimizer.replica_mesh is group
+        handle = distmuon.attach_qk_clip(model, optimizer, tau=TAU)
+        if dist.get_rank() == 0:
+            model(input_ids=batch_of(0, 1, 0))
+        handle.step()
+        found.append(handle.metrics())
+    return found

@@ -59,6 +59,12 @@ def test_a_rank_that_saw_nothing(pools):
     assert any(not torch.equal(weight, fresh[name]) for name, weight in weights.items())
 
 
+def test_replicas_that_the_optimizer_knows(pools):
+    found, same = pools(2).run(cases.mesh_of_the_optimizer)
+    assert found == same and found[0] == found[1]
+    assert found[0]["qk_clip/clipped_heads"] > 0
+
+
 def test_one_collective_for_all_layers(pools):
     for counts in pools(2).run(cases.collectives):
         assert [sum(count.values()) for count in counts] == [1, 0, 1]
