@@ -15,7 +15,13 @@ from family_reference import (
     MuonBP,
     MuonClip,
     NorMuon,
+    Scion,
     jordan_scale,
+    lmo_bias,
+    lmo_col_norm,
+    lmo_row_norm,
+    lmo_sign,
+    lmo_spectral,
     moonlight_scale,
     polar,
     size_of,
@@ -91,7 +97,7 @@ CASES = {
     ),
 }
 # Cases of which distmuon knows the keys and does not yet do what they say
-NOT_YET = ("normuon", "normuon-short", "adamuon", "adamuon-short", "muonbp", "muonbp-half")
+NOT_YET = ("normuon", "normuon-short", "adamuon", "adamuon-short", "muonbp", "muonbp-half", "lmo")
 BUILT = [name for name in CASES if name not in NOT_YET]
 
 
@@ -145,3 +151,33 @@ def test_adamw(cautious_wd):
     rule = AdamW(lr=0.05, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-8, cautious_wd=cautious_wd)
     group = {"lr": 0.05, "weight_decay": 0.3, "betas": (0.8, 0.9), "cautious_wd": cautious_wd}
     assert_same(*trained_beside((6, 5), rule, **group))
+
+
+ORACLES = {
+    "sign": (lmo_sign, {"lmo": "sign"}),
+    "row_norm": (functools.partial(lmo_row_norm, eps=1e-8), {"lmo": "row_norm"}),
+    "col_norm": (functools.partial(lmo_col_norm, eps=1e-8), {"lmo": "col_norm"}),
+    # torch.nn.Embedding stores the first layer of the paper transposed
+    "embedding": (lambda average: lmo_col_norm(average.T, eps=1e-8).T, {"lmo": "col_norm", "transposed": True}),
+    "bias_rms": (functools.partial(lmo_bias, eps=1e-8), {"lmo": "bias_rms"}),
+}
+LMO_BUILT = [] if "lmo" in NOT_YET else list(ORACLES)
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("name", LMO_BUILT)
+def test_oracles_of_scion(name, constrained):
+    """A step of gamma in a ball of some radius is a rate of their product and a decay of one over the radius."""
+    lmo, keys = ORACLES[name]
+    rule = Scion(lmo, gamma=0.01, radius=3.0, alpha=0.2, constrained=constrained)
+    decay = 1 / 3 if constrained else 0.0
+    group = {"lr": 0.03, "weight_decay": decay, "momentum": 0.8, "nesterov": False, "eps": 1e-8, **keys}
+    assert_same(*trained_beside((7,) if name == "bias_rms" else (7, 5), rule, **group))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("constrained", [True, False])
+def test_hidden_matrices_of_scion(shape, constrained):
+    rule = Scion(lmo_spectral, gamma=0.01, radius=3.0, alpha=0.2, constrained=constrained)
+    settings = {"lr": 0.03, "weight_decay": 1 / 3 if constrained else 0.0, "momentum": 0.8, "nesterov": False}
+    assert_same(*trained(SHAPES[shape], rule, adjust_lr_fn="spectral", **settings, **FULL))
