@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,15 +32,18 @@ from distmuon.comm.layout import as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
 from distmuon.costing import block_spec, owner_cost, pace_of
-from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, nodes_of
+from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, moment_holdings, nodes_of
 from distmuon.groups import Group, group_names
+from distmuon.moments import blank_moments, moments_dtype, moments_in, words
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
 from distmuon.numerics.recipe import Request
+from distmuon.numerics.variants import has_moments
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.blocks import Block, Placing, blocks_of
 from distmuon.plan.boxes import Box
+from distmuon.plan.companions import Companion, Companions, Moments
 from distmuon.plan.nodes import Nodes, one_node
 from distmuon.plan.pace import plan_step
 from distmuon.plan.parameters import Holding, ParameterSpec
@@ -48,6 +52,7 @@ from distmuon.plan.reading import READING_KEYS, Reading
 from distmuon.plan.simulate import GLOO, NCCL
 from distmuon.staging import Staging
 from distmuon.stats import StepClock
+from distmuon.values import FAMILY_KEYS
 from distmuon.versions import code_version
 
 logger = logging.getLogger("distmuon")
@@ -188,7 +193,8 @@ def check_stages(groups: Sequence[Group], mesh: Mesh | None, stages: ProcessGrou
 def _bound_settings(group: Group) -> list[Any]:
     """What a plan depends on: matrices of one bucket share their iteration, and ``model.to`` moves parameters."""
     tensors = [(param.dtype, param.device) for param in group["params"]]
-    return [tensors, *(group[key] for key in ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps"))]
+    keys = ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps", "variant", "muon_beta2")
+    return [tensors, *(group[key] for key in keys)]
 
 
 def _shared(
@@ -250,13 +256,15 @@ def _part(
     clock: StepClock,
     alike: bool = True,
 ) -> Part:
-    merged = merge(facts)
+    merged, moments = merge(facts), moment_holdings(facts)
+    companions = Companions(words(options.wire_dtype))
     keys = tuple(merged)
     specs, planned, blocks = [], [], []
     placing = Placing()
     for number, (holdings, fact) in enumerate(merged.values()):
         if fact.use_muon:
-            for spec, block in _specs(holdings, fact, placing, options, table, device, nodes, alike):
+            beside = functools.partial(_companion, companions, fact, moments.get(fact.key, ()))
+            for spec, block in _specs(holdings, fact, placing, options, table, device, nodes, alike, beside):
                 specs.append(spec)
                 blocks.append(block)
                 planned.append(number)
@@ -299,8 +307,11 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
         if use_muon:
             request = options.request(group)
             iteration = f"{group['ns_coefficients']} {group['ns_steps']} {group['eps']}"
-            keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", *READING_KEYS)
-            settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in keys)
+            if has_moments(group["variant"]):
+                # rows of output features run along the other axis where a matrix is stored transposed
+                iteration += f" {group['variant']} {group['muon_beta2']} {group['transposed']}"
+            keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
+            settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in (*keys, *FAMILY_KEYS, *READING_KEYS))
         # replicas that decay or step by other rates would drift apart
         settings += "".join(f", {key}={float(group[key])!r}" for key in ("lr", "weight_decay"))
         settings += f", cautious_wd={group['cautious_wd']}"
@@ -312,7 +323,26 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
                 device = compute_device(_meshes_of([param]), torch.device(layout.device))
                 costs = _nanoseconds(name, layout.shape, reading, request, options, device)
             fact = Fact(name, index, use_muon, reading, iteration, request, settings, costs, layout)
-            yield Entry(param, fact)
+            yield Entry(param, _with_moments(fact, moments_in(group, param), param, options, mesh))
+
+
+def _with_moments(fact: Fact, moments: Moments | None, param: Tensor, options: Options, mesh: Mesh | None) -> Fact:
+    if moments is None:
+        return fact
+    layout = fact.layout
+    if moments.reduced:
+        layout = read_layout(fact.name, blank_moments(param, moments, moments_dtype(options.wire_dtype)), mesh)
+    return dataclasses.replace(fact, moments=moments, moments_layout=layout)
+
+
+def _companion(
+    companions: Companions, fact: Fact, moments: Sequence[Holding], block: Block, held: Sequence[Holding]
+) -> Companion | None:
+    """The second moments of a block on the ranks that share it."""
+    if fact.moments is None:
+        return None
+    ranks = {holding.rank for holding in held}
+    return companions.of(fact.moments, block, [holding for holding in moments if holding.rank in ranks])
 
 
 def _nanoseconds(
@@ -367,6 +397,7 @@ def _specs(
     device: torch.device,
     nodes: Nodes,
     alike: bool,
+    beside: Callable[[Block, Sequence[Holding]], Companion | None],
 ) -> Iterator[tuple[ParameterSpec, Block]]:
     """What a plan is made of; ranks that are not ``alike`` would predict other costs, and take each other's word."""
     assert fact.request is not None
@@ -390,6 +421,7 @@ def _specs(
                 table=table,
                 nodes=nodes if options.teams else None,
                 cost=None if alike else fact.costs[number],
+                companion=beside(block, held),
             )
             yield spec, block
 

@@ -12,6 +12,7 @@ from distmuon.numerics.recipe import Request, choose
 from distmuon.numerics.tables import builtin_speeds
 from distmuon.numerics.teams import team_recipe
 from distmuon.plan.blocks import Block
+from distmuon.plan.companions import Companion
 from distmuon.plan.nodes import Nodes, largest
 from distmuon.plan.pace import Pace
 from distmuon.plan.parameters import Holding, ParameterSpec, TeamCost
@@ -93,6 +94,7 @@ def block_spec(
     table: CostTable,
     nodes: Nodes | None,
     cost: int | None = None,
+    companion: Companion | None = None,
 ) -> ParameterSpec:
     """A block of a parameter as a plan sees it, with what its matrices cost.
 
@@ -106,6 +108,7 @@ def block_spec(
         table: Speed of the engines and links.
         nodes: Which ranks share a node, where teams may own a matrix; None: single ranks do.
         cost: Nanoseconds of one owner for a matrix; None: as the table says.
+        companion: Second moments that travel with its matrices, which then have single owners.
     """
     rows, cols = block.matrices.rows, block.matrices.cols
     spec = ParameterSpec(
@@ -116,8 +119,9 @@ def block_spec(
         kind=kind,
         cost=owner_cost(rows, cols, device, request, table) if cost is None else cost,
         whole=block.cut is None,
+        companion=companion,
     )
-    if nodes is None:
+    if nodes is None or companion is not None:
         return spec
     extent = block.shape[spec.slab_axis]
     return dataclasses.replace(spec, teams=team_costs(rows, cols, extent, device, request, table, nodes))

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from distmuon.comm.layout import LocalLayout
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Request
+from distmuon.plan.companions import Moments
 from distmuon.plan.nodes import Nodes
 from distmuon.plan.parameters import Holding
 from distmuon.plan.reading import Reading
@@ -31,6 +32,8 @@ class Fact:
         costs: Nanoseconds that a matrix of each of its blocks takes on this rank; among unlike ranks the lowest one's
             word counts.
         layout: Where it lies.
+        moments: Its second moments.
+        moments_layout: Where these lie.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Fact:
     settings: str
     costs: tuple[int, ...]
     layout: LocalLayout
+    moments: Moments | None = None
+    moments_layout: LocalLayout | None = None
 
     @property
     def key(self) -> Key:
@@ -96,6 +101,17 @@ def merge(facts: Mapping[int, Sequence[Fact]]) -> dict[Key, tuple[list[Holding],
                     f"{ranks}, and {how} on rank {rank}: build the same model and the same groups on every rank."
                 )
     return merged
+
+
+def moment_holdings(facts: Mapping[int, Sequence[Fact]]) -> dict[Key, list[Holding]]:
+    """Who stores what of the second moments of the parameters that have them."""
+    found: dict[Key, list[Holding]] = {}
+    for rank, said in facts.items():
+        for fact in said:
+            layout = fact.moments_layout
+            if layout is not None:
+                found.setdefault(fact.key, []).append(Holding(rank, layout.box, layout.replica))
+    return found
 
 
 def _compare(first: Fact, first_rank: int, fact: Fact, rank: int) -> None:

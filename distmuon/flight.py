@@ -25,12 +25,16 @@ class LocalParameter:
         param: The weights, of shape ``box.sizes``.
         grad: Their gradient; None where this rank has none and others have: it counts as zero.
         momentum: Their momentum average.
+        moments: Their second moments; None: there are none.
+        moments_box: Which words of all second moments these are.
     """
 
     box: Box
     param: Tensor
     grad: Tensor | None
     momentum: Tensor
+    moments: Tensor | None = None
+    moments_box: Box | None = None
 
 
 @dataclass
@@ -75,6 +79,27 @@ def in_words(plan: Plan, wave: Wave, direction: str, dtype: torch.dtype, step: i
         f"the exchange of the bucket of {specs[0].name!r} {specs[0].shape}{more} ({direction} of "
         f"{numel * dtype.itemsize:,} bytes, wave {plan.waves.index(wave) + 1} of {len(plan.waves)} in step {step})"
     )
+
+
+def read_words(mine: LocalParameter, box: Box, dtype: torch.dtype) -> Tensor:
+    """The words ``box`` of second moments, bit by bit as numbers of ``dtype``."""
+    assert mine.moments is not None and mine.moments_box is not None
+    return at(_block_of_memory(mine.moments).view(dtype), box, mine.moments_box)
+
+
+def write_words(mine: LocalParameter, box: Box, words: Tensor) -> None:
+    """Put words of second moments where they belong; the inverse of :func:`read_words`."""
+    assert mine.moments is not None and mine.moments_box is not None
+    whole = _block_of_memory(mine.moments)
+    at(whole.view(words.dtype), box, mine.moments_box).copy_(words)
+    if whole is not mine.moments:
+        mine.moments.copy_(whole)
+
+
+def _block_of_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, whose last axis can be viewed in words; one of length 1 may have any stride."""
+    whole = tensor.is_contiguous() and tensor.stride(-1) == 1
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def at(tensor: Tensor, box: Box, outer: Box) -> Tensor:

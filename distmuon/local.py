@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from distmuon.binding import Part
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.flight import LocalParameter
+from distmuon.moments import STATE_KEY
 from distmuon.plan.blocks import Block
 from distmuon.plan.boxes import Box
+from distmuon.plan.companions import Companion
 
 
 def local_blocks(
@@ -39,7 +42,13 @@ def local_blocks(
                     grad=local_gradient(entry.param),
                     momentum=local_tensor(state[entry.param]["momentum_buffer"]),
                 )
-            local[place] = _block_of(whole[number], part.blocks[place])
+            mine = _block_of(whole[number], part.blocks[place])
+            companion = part.pipeline.plan.parameters[place].companion
+            if companion is not None:
+                assert entry.fact.moments_layout is not None
+                moments = local_tensor(state[entry.param][STATE_KEY])
+                mine = _with_moments(mine, moments, entry.fact.moments_layout.box, companion)
+            local[place] = mine
     return local
 
 
@@ -54,6 +63,14 @@ def _block_of(stored: LocalParameter, block: Block) -> LocalParameter:
 
     grad = None if stored.grad is None else view(stored.grad)
     return LocalParameter(box, view(stored.param), grad, view(stored.momentum))
+
+
+def _with_moments(block: LocalParameter, moments: Tensor, stored: Box, companion: Companion) -> LocalParameter:
+    cut, box = companion.cut, companion.box_in(stored, companion.cut, companion.words)
+    if cut is not None:
+        inner = cut.box(stored)
+        moments = _stacked(moments[cut.index(stored)], cut.axis, inner) if cut.head else moments[cut.index(stored)]
+    return dataclasses.replace(block, moments=moments, moments_box=box)
 
 
 def _stacked(tensor: Tensor, axis: int, box: Box) -> Tensor:

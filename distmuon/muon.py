@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from distmuon.binding import Binding, bind, check_stages
 from distmuon.checkpoint.fitting import fit
-from distmuon.checkpoint.loading import place_steps, restore_momentum
+from distmuon.checkpoint.loading import place_steps, restore_dtypes
 from distmuon.comm.agree import NonfiniteError, across_stages
 from distmuon.comm.group import (
     Mesh,
@@ -39,6 +39,7 @@ from distmuon.groups import (
 from distmuon.learning_rates import effective_lr
 from distmuon.local import local_blocks
 from distmuon.matrices import Matrices
+from distmuon.moments import STATE_KEY, moments_dtype
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
@@ -331,7 +332,7 @@ class Muon(Optimizer):
             return False
         self._warn_of_no_gradients(turns)
         for turn in turns:
-            create_state(turn, self.state, self._options)
+            create_state(turn, self.param_groups, self.state, self._options)
             if not turn.idle:
                 self._step_matrices(turn)
                 with self._clock.phase("adamw", turn.part.pipeline.device):
@@ -446,8 +447,8 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
         self._momentum_is_split = False
         place_steps(self, fused=self._options.fused)
-        if self._options.momentum_dtype is not None:
-            restore_momentum(self, state_dict, self._options.momentum_dtype)
+        moments = moments_dtype(self._options.wire_dtype)
+        restore_dtypes(self, state_dict, {"momentum_buffer": self._options.momentum_dtype, STATE_KEY: moments})
 
     def effective_lr(self, param: Tensor | str) -> float:
         """The rate that multiplies the update of a parameter, as it is now.

@@ -15,8 +15,9 @@ from torch import Tensor
 from distmuon.comm.buffers import BufferPool
 from distmuon.comm.exchange import Exchange, Transfer
 from distmuon.costing import link_of
-from distmuon.flight import Flight, LocalParameter, at, in_words, packed
+from distmuon.flight import Flight, LocalParameter, at, in_words, packed, read_words, write_words
 from distmuon.groups import Group
+from distmuon.moments import moments_dtype
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.orthogonalize import orthogonalize_
 from distmuon.numerics.recipe import choose
@@ -24,6 +25,7 @@ from distmuon.numerics.rows import Team
 from distmuon.numerics.slabs import orthogonalize_slabs_
 from distmuon.numerics.teams import team_recipe
 from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
+from distmuon.numerics.variants import by_rows, divide_by_moments_, takes_signs
 from distmuon.options import Options
 from distmuon.plan.buckets import Bucket
 from distmuon.plan.matrices import MatrixSpec
@@ -215,13 +217,19 @@ class Pipeline:
         self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
     ) -> None:
         routes, wave = flight.routes, flight.wave
-        places: dict[int, Tensor] = {}
+        places: dict[tuple[int, bool], Tensor] = {}
         for part in routes.kept:
-            places[part.slot] = self._view(flight, part) if whole else packed(flight.kept, part)
+            places[part.slot, part.moments] = self._view(flight, part) if whole else packed(flight.kept, part)
         elsewhere = self.plan.sole_owners if self.owner_gradients else {}
-        held = [
-            part for part in routes.held if elsewhere.get(wave.assignments[part.slot].parameter, self.rank) == self.rank
-        ]
+        held = []
+        for part in routes.held:
+            number = wave.assignments[part.slot].parameter
+            if part.moments:
+                out = places.get((part.slot, True)) if part.start is None else packed(flight.gather.send, part)
+                if out is not None:
+                    out.copy_(read_words(local[number], part.box, self._dtype))
+            elif elsewhere.get(number, self.rank) == self.rank:
+                held.append(part)
         for index, parts in self._by_group(wave, held).items():
             grads, buffers, outs = [], [], []
             for part in parts:
@@ -229,13 +237,14 @@ class Pipeline:
                 buffer = at(mine.momentum, part.box, mine.box)
                 buffers.append(buffer)
                 grads.append(torch.zeros_like(buffer) if mine.grad is None else at(mine.grad, part.box, mine.box))
-                outs.append(places.get(part.slot) if part.start is None else packed(flight.gather.send, part))
+                outs.append(places.get((part.slot, False)) if part.start is None else packed(flight.gather.send, part))
             blend_momentum(
                 grads,
                 buffers,
                 outs,
                 momentum=groups[index]["momentum"],
                 nesterov=groups[index]["nesterov"],
+                signs=takes_signs(groups[index]["variant"]),
                 foreach=self._foreach(flight),
             )
 
@@ -261,8 +270,12 @@ class Pipeline:
         for bucket, stack in zip(flight.wave.buckets, flight.routes.stacks, strict=True):
             if stack.count:  # a rank that owns none of it need not even have the group
                 matrices = flight.matrices[stack.start : stack.start + stack.numel]
+                matrices = matrices.view(stack.count, stack.rows, stack.cols)
                 with self.clock.phase("ns", self.device):
-                    self._orthogonalize_stack(matrices.view(stack.count, stack.rows, stack.cols), bucket, groups)
+                    self._orthogonalize_stack(matrices, bucket, groups)
+                    if stack.moments:
+                        beside = flight.matrices[stack.end - stack.moments : stack.end]
+                        self._divide_by_moments(matrices, beside, bucket, groups)
 
     def _orthogonalize_stack(self, matrices: Tensor, bucket: Bucket, groups: Sequence[Group]) -> None:
         # matrices of one bucket share their iteration, whatever groups they are in
@@ -283,6 +296,18 @@ class Pipeline:
         except RuntimeError as error:
             name = self.plan.parameters[mine.parameter].name
             raise RuntimeError(f"the team that owns {name!r} failed: {error}") from error
+
+    def _divide_by_moments(self, matrices: Tensor, beside: Tensor, bucket: Bucket, groups: Sequence[Group]) -> None:
+        """Let the variant act on orthogonalized matrices and on the words of their second moments."""
+        mine = next(a for a in bucket.assignments if a.owner == self.rank)
+        group = groups[self.plan.parameters[mine.parameter].group]
+        # a copy of their own is aligned, as a number takes two words
+        moments = beside.clone().view(moments_dtype(self._dtype)).view(matrices.size(0), -1)
+        rows, cols = matrices.shape[1:]
+        if by_rows(group["variant"]):
+            rows, cols = (1, cols) if group["transposed"] else (rows, 1)
+        divide_by_moments_(matrices, moments.view(-1, rows, cols), beta2=group["muon_beta2"])
+        beside.copy_(moments.view(self._dtype).flatten())
 
     def _scatter(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""
@@ -373,8 +398,16 @@ class Pipeline:
         local: Mapping[int, LocalParameter],
     ) -> None:
         wave = flight.wave
-        direction_of = {part.slot: direction for part, direction in zip(parts, directions, strict=True)}
-        for (index, matrix), members in self._by_scale(wave, parts).items():
+        direction_of = {}
+        matrices = []
+        for part, direction in zip(parts, directions, strict=True):
+            if part.moments:
+                mine = local[wave.assignments[part.slot].parameter]
+                write_words(mine, part.box, direction.to(mine.param.device))
+            else:
+                direction_of[part.slot] = direction
+                matrices.append(part)
+        for (index, matrix), members in self._by_scale(wave, matrices).items():
             group = groups[index]
             holders = [local[wave.assignments[part.slot].parameter] for part in members]
             params = [at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
@@ -411,8 +444,12 @@ class Pipeline:
         """The elements of ``part`` among the owned matrices."""
         assert flight.matrices is not None
         assignment = flight.wave.assignments[part.slot]
-        start = flight.routes.place[part.slot]
-        outer = assignment.box(self.plan.parameters[assignment.parameter])
+        start = flight.routes.place[part.slot, part.moments]
+        spec = self.plan.parameters[assignment.parameter]
+        outer = assignment.box(spec)
+        if part.moments:
+            assert spec.companion is not None
+            outer = spec.companion.box_of(assignment.first, assignment.count)
         return at(flight.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
 
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:

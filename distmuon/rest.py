@@ -10,16 +10,16 @@ from torch import Tensor
 
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import Group
+from distmuon.moments import STATE_KEY, blank_moments, lacks_moments, moments_dtype, moments_in
 from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.options import Options
 from distmuon.participation import Turn
 
 
-def create_state(turn: Turn, state: dict[Tensor, dict[str, Any]], options: Options) -> None:
-    """Make the state of the parameters that take part and have none: of their shape, mesh and placements."""
+def create_state(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
+    """Make the state of the parameters that take part and have none, or lack some that their group wants by now."""
     for entry in turn.entries:
-        if not state[entry.param]:
-            state[entry.param].update(_blank_state(entry.param, entry.fact.use_muon, options))
+        _complete(state[entry.param], entry.param, groups[entry.fact.group], options)
 
 
 def complete_state(
@@ -30,11 +30,11 @@ def complete_state(
     ``torch.distributed.checkpoint`` restores what the optimizer has when it is about to load. It makes that by a dummy
     step, which it leaves out if there is any state or gradient.
     """
-    params = [(param, group["use_muon"]) for group in groups for param in group["params"]]
+    params = [(param, group) for group in groups for param in group["params"]]
     if begun or state or any(param.grad is not None for param, _ in params):
-        for param, use_muon in params:
-            if param.requires_grad and not state.get(param):
-                state[param] = _blank_state(param, use_muon, options)
+        for param, group in params:
+            if param.requires_grad:
+                _complete(state.setdefault(param, {}), param, group, options)
 
 
 def follow_parameters(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], options: Options) -> None:
@@ -43,18 +43,33 @@ def follow_parameters(groups: Sequence[Group], state: Mapping[Tensor, dict[str, 
         for param in group["params"]:
             kept = state.get(param) or {}
             for key, value in kept.items():
-                if key != "step":
+                if key == STATE_KEY:
+                    kept[key] = value.to(param.device)
+                elif key != "step":
                     dtype = (options.momentum_dtype if group["use_muon"] else None) or param.dtype
                     kept[key] = value.to(device=param.device, dtype=dtype)
                 elif options.fused:
                     kept[key] = value.to(device=param.device)
 
 
-def _blank_state(param: Tensor, use_muon: bool, options: Options) -> dict[str, Any]:
-    if not use_muon:
+def _complete(kept: dict[str, Any], param: Tensor, group: Group, options: Options) -> None:
+    """Make state where there is none, or second moments alone where their group had another variant before."""
+    if not kept:
+        kept.update(_blank_state(param, group, options))
+    elif lacks_moments(kept, group, param):
+        kept[STATE_KEY] = _blank_state(param, group, options)[STATE_KEY]
+
+
+def _blank_state(param: Tensor, group: Group, options: Options) -> dict[str, Any]:
+    """Zeros of the shape, mesh and placements of a parameter."""
+    if not group["use_muon"]:
         return dict(init_state(param, fused=options.fused))
     momentum = torch.zeros_like(param, dtype=options.momentum_dtype, memory_format=torch.preserve_format)
-    return {"momentum_buffer": momentum}
+    moments = moments_in(group, param)
+    if moments is None:
+        return {"momentum_buffer": momentum}
+    dtype = moments_dtype(options.wire_dtype)
+    return {"momentum_buffer": momentum, STATE_KEY: blank_moments(param, moments, dtype)}
 
 
 def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:

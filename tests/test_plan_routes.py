@@ -17,7 +17,7 @@ def test_every_element_travels_to_its_owner_and_home_to_everyone_who_stores_it(d
         arrived = {slot: [] for slot in range(len(wave.assignments))}
         for rank in ranks:
             mine = routes[rank]
-            for slot in mine.place:
+            for slot, _ in mine.place:
                 assert wave.assignments[slot].owner == rank
             for part in [*mine.kept, *mine.gather.receives]:
                 arrived[part.slot] += elements(part.box)
@@ -80,7 +80,7 @@ def test_what_takes_no_part_is_not_routed(drawn, data):
             mine = route(plan, wave, rank, active=active, all_gather=False)
             parts = [*mine.held, *mine.kept, *mine.updated, *mine.gather.sends]
             parts += [part for leg in mine.scatters for part in leg.receives]
-            slots = {part.slot for part in parts} | set(mine.place)
+            slots = {part.slot for part in parts} | {slot for slot, _ in mine.place}
             assert all(active[wave.assignments[slot].parameter] for slot in slots)
 
 

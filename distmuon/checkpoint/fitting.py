@@ -14,6 +14,7 @@ from distmuon.checkpoint.matching import Match, find_match
 from distmuon.checkpoint.routing_table import enumerate_differences
 from distmuon.comm.layout import lay_out
 from distmuon.groups import Group, group_names
+from distmuon.moments import STATE_KEY, blank_moments, moments_in, without_stale_moments
 from distmuon.plan.reading import READING_KEYS
 
 _RESET = contextvars.ContextVar("distmuon.checkpoint.reset_changed", default=False)
@@ -98,13 +99,13 @@ def _warn_of_changes(match: Match, groups: Sequence[Group]) -> None:
 
 
 def _other_readings(match: Match, groups: Sequence[Group]) -> Iterator[str]:
-    """What saved groups on Muon say of the axes of their parameters that the present ones do not."""
+    """What saved groups on Muon say of their variant, and of the axes of their parameters, that present ones do not."""
     for index, (group, settings) in enumerate(zip(groups, match.settings, strict=True)):
         if settings is None or not group["use_muon"]:
             continue
         stacked = any(param.ndim > 2 for param in group["params"])
         # of two axes nothing is to be flattened
-        keys = [key for key in READING_KEYS if key in settings and (stacked or key != "flatten")]
+        keys = [key for key in ("variant", *READING_KEYS) if key in settings and (stacked or key != "flatten")]
         saved = _settings({key: settings[key] for key in keys})
         changed = [key for key in keys if saved[key] != _as_tuples(group[key])]
         if changed:
@@ -125,7 +126,8 @@ def _assemble(
         merged.append(new)
         for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
             if id_ is not None and id_ in state:
-                kept[id_] = {key: _lay_out(f"{key} of {name!r}", value, param) for key, value in state[id_].items()}
+                mine = without_stale_moments(state[id_], group, param)
+                kept[id_] = {key: _lay_out(name, key, value, group, param) for key, value in mine.items()}
     return merged, kept
 
 
@@ -139,9 +141,16 @@ def _as_tuples(value: Any) -> Any:
 
 
 def _own(group: Group) -> dict[str, Any]:
-    """What a group keeps of its own: who its parameters are, who updates them, and what their axes mean."""
-    return {key: group[key] for key in ("use_muon", "param_names", *READING_KEYS) if key in group}
+    """What a group keeps of its own: who its parameters are, who updates them and how, and what their axes mean."""
+    return {key: group[key] for key in ("use_muon", "param_names", "variant", *READING_KEYS) if key in group}
 
 
-def _lay_out(what: str, value: Any, param: Tensor) -> Any:
-    return lay_out(what, value, param) if isinstance(value, Tensor) and value.shape == param.shape else value
+def _lay_out(name: str, key: str, value: Any, group: Group, param: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    like = param
+    if key == STATE_KEY:
+        moments = moments_in(group, param)
+        assert moments is not None
+        like = blank_moments(param, moments, value.dtype)
+    return lay_out(f"{key} of {name!r}", value, like) if value.shape == like.shape else value

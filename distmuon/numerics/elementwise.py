@@ -29,6 +29,11 @@ def lerp(tensors: Tensors, ends: Tensors, weight: float) -> Tensors:
     return torch._foreach_lerp(tensors, ends, weight) if tensors else []
 
 
+def sign(tensors: Tensors) -> Tensors:
+    """-1, 0 or 1 for each element as new tensors, in foreach kernels."""
+    return torch._foreach_sign(tensors) if tensors else []
+
+
 def copy_(targets: Tensors, sources: Tensors) -> None:
     """Copy each source into its target, cast to the target's dtype, in foreach kernels."""
     if targets:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmuon.numerics.decay import decay_
-from distmuon.numerics.elementwise import Tensors, add_as_torch_, copy_, decay_and_add_, lerp, lerp_
+from distmuon.numerics.elementwise import Tensors, add_as_torch_, copy_, decay_and_add_, lerp, lerp_, sign
 
 # What other projects call the same scales: dion spectral_norm and rms_norm, Emerging-Optimizers the rest
 _SCALE_ALIASES = {
@@ -67,6 +67,7 @@ def blend_momentum(
     momentum: float,
     nesterov: bool,
     foreach: bool,
+    signs: bool = False,
 ) -> None:
     """Update the momentum averages and write the gradients blended with them.
 
@@ -81,6 +82,7 @@ def blend_momentum(
         momentum: Weight of the past, in [0, 1).
         nesterov: Blend the gradient in once more.
         foreach: See :mod:`distmuon.numerics.elementwise`.
+        signs: Write the signs of these instead.
     """
     if not foreach:
         # one at a time, so that only one cast and one blended gradient are held at once
@@ -88,14 +90,16 @@ def blend_momentum(
             cast = grad.to(buffer.dtype)
             buffer.lerp_(cast, 1 - momentum)
             if target is not None:
-                target.copy_(cast.lerp(buffer, momentum) if nesterov else buffer)
+                one = cast.lerp(buffer, momentum) if nesterov else buffer
+                target.copy_(one.sign() if signs else one)
         return
     grads = [grad.to(buffer.dtype) for grad, buffer in zip(grads, buffers, strict=True)]
     lerp_(buffers, grads, 1 - momentum)
     wanted = [number for number, target in enumerate(out) if target is not None]
     targets = [target for target in out if target is not None]
     grads, buffers = [grads[number] for number in wanted], [buffers[number] for number in wanted]
-    copy_(targets, lerp(grads, buffers, momentum) if nesterov else buffers)
+    blended = lerp(grads, buffers, momentum) if nesterov else buffers
+    copy_(targets, sign(blended) if signs else blended)
 
 
 def apply_direction(

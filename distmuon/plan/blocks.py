@@ -76,6 +76,11 @@ class Block:
     shape: tuple[int, ...]
     cut: Cut | None = None
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis counts matrices."""
+        return len(self.shape) == 3 and self.shape[1:] == (self.matrices.rows, self.matrices.cols)
+
 
 def blocks_of(name: str, shape: Sequence[int], reading: Reading) -> tuple[Block, ...]:
     """Take a parameter apart.

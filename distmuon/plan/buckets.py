@@ -121,6 +121,11 @@ def _bucket(
         gathers |= own != shares.numel
         scatters |= len(shares.by_rank) > (assignment.owner in shares.by_rank)
         replicated &= len(shares.wholes) == len(ranks)
+        companion = parameters[assignment.parameter].companion
+        if companion is not None:
+            # a rank without any of the columns keeps a copy of what belongs to the rows
+            box = companion.box_of(assignment.first, assignment.count)
+            scatters |= any(holding.rank != assignment.owner for holding, _ in companion.layout.meeting(box))
         sends[assignment.owner] += count * (shares.stored - own)
         kept[assignment.owner] += count * own
         _, before = alike.get(id(shares), (shares, 0))

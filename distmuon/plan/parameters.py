@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 
 from distmuon.plan.boxes import Box, chunk
+from distmuon.plan.companions import Companion
 from distmuon.plan.layouts import Holding as Holding
 from distmuon.plan.layouts import Layout, Shares, check_holdings, layout_of
 from distmuon.plan.matrices import MatrixSpec
@@ -38,6 +39,7 @@ class ParameterSpec:
         cost: Time to orthogonalize one of its matrices, in any unit.
         teams: Teams that may own one of its matrices, by ascending size; none: a single rank does.
         whole: Whether it is all of a parameter; else a block of one, whose other blocks may have other owners.
+        companion: Second moments that travel with its matrices; no team owns these then.
     """
 
     matrices: MatrixSpec
@@ -48,6 +50,7 @@ class ParameterSpec:
     cost: int = 1
     teams: tuple[TeamCost, ...] = ()
     whole: bool = True
+    companion: Companion | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +88,7 @@ class ParameterSpec:
             self.teams,
             self.whole,
             self.layout.digest,
+            self.companion and self.companion.digest(),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -143,6 +143,7 @@ class _Layout:
         self._spec = spec
         self._places = places
         self.replica_of = {places[holding.rank]: holding.replica for holding in spec.holdings}
+        self._beside = {} if spec.companion is None else {h.rank: h.box for h in spec.companion.holdings}
         self._runs: dict[tuple[int, int], list[Holding]] = {}
         for holding in spec.holdings:
             if holding.box.numel:
@@ -188,7 +189,11 @@ class _Layout:
         spec, box = self._spec, holding.box
         numel = box.numel // box.sizes[0] if spec.stacked else box.numel
         if parts == 1:
-            return numel
+            # of rows that several ranks store one sends, and all are counted: few words beside the matrix
+            beside = self._beside.get(holding.rank)
+            if beside is None or not numel:
+                return numel
+            return numel + (beside.numel // beside.sizes[0] if spec.stacked else beside.numel)
         axis = spec.slab_axis
         start, size = chunk(spec.shape[axis], part, parts)
         shared = min(start + size, box.offsets[axis] + box.sizes[axis]) - max(start, box.offsets[axis])
@@ -230,13 +235,13 @@ class _World:
         self._members = [[self._places[rank] for rank in members] for members in plan.nodes]
         numbers = node_of(plan.nodes)
         self._node = [numbers[rank] for rank in plan.ranks]
-        layouts: dict[tuple[tuple[int, ...], bool, bool, tuple[Holding, ...]], _Layout] = {}
+        layouts: dict[tuple[tuple[int, ...], bool, bool, int, tuple[Holding, ...]], _Layout] = {}
         # tuples of thousands of holdings are slow to compare, and most parameters share theirs
-        known: dict[tuple[tuple[int, ...], bool, bool, int], _Layout] = {}
+        known: dict[tuple[tuple[int, ...], bool, bool, int, int], _Layout] = {}
         self._layouts = []
         for spec in plan.parameters:
             # stacks of convolutions and of experts may have one shape
-            facts = (spec.shape, spec.stacked, spec.matrices.cols >= spec.matrices.rows)
+            facts = (spec.shape, spec.stacked, spec.matrices.cols >= spec.matrices.rows, id(spec.companion))
             quick, thorough = (*facts, id(spec.holdings)), (*facts, spec.holdings)
             layout = known.get(quick)
             if layout is None:

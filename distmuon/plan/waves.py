@@ -113,7 +113,8 @@ def _legs(members: Sequence[Bucket], bucket_numel: int) -> int:
     # no more than there are rows, or columns, to send
     most = min(max(bucket.rows, bucket.cols) for bucket in members)
     numel = max(sum(bucket.returns for bucket in members), _most_sent(members))
-    return min(most, -(-numel // (_AT_ONCE * bucket_numel)))
+    # where a companion alone comes back, nothing is counted
+    return max(1, min(most, -(-numel // (_AT_ONCE * bucket_numel))))
 
 
 def _most_sent(members: Sequence[Bucket]) -> int:

@@ -124,7 +124,8 @@ def parity(layout, parameters, oracle, settings):
         reference = torch.optim.Muon(everything, lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
     else:
         group = {"params": everything, "use_muon": True}
-        reference = distmuon.Muon([group], lr=0.02, foreach=False, ns_dtype=torch.float64, adjust_lr_fn=scale)
+        same = {"adjust_lr_fn": scale, "variant": settings.get("variant", "muon")}
+        reference = distmuon.Muon([group], lr=0.02, foreach=False, ns_dtype=torch.float64, **same)
     found = []
     for step in range(3):
         give_gradients(twins, step)

@@ -318,10 +318,10 @@ def test_updates_that_come_back_in_legs(pools, layout):
         assert legs > 1
 
 
-def in_legs(layout):
+def in_legs(layout, **settings):
     twins = LAYOUTS[layout](torch.float32)
-    optimizer = sharded_optimizer(twins, bucket_bytes=2)
-    step_both(twins, optimizer, Reference(twins), range(3))
+    optimizer = sharded_optimizer(twins, bucket_bytes=2, **settings)
+    step_both(twins, optimizer, Reference(twins, **settings), range(3))
     return max(wave.legs for part in optimizer._binding.parts for wave in part.pipeline.plan.waves)
 
 

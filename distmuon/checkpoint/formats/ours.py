@@ -19,6 +19,7 @@ from distmuon.checkpoint.formats.entries import (
     write_groups,
 )
 from distmuon.groups import GROUP_KEYS
+from distmuon.moments import STATE_KEY
 from distmuon.plan.reading import READING_KEYS
 from distmuon.values import FAMILY_DEFAULTS
 
@@ -51,7 +52,9 @@ class DistMuon:
                 and not (key in FAMILY_DEFAULTS and value == FAMILY_DEFAULTS[key])
             }
             for name, state in zip(group.names, group.states, strict=True):
-                kept = read_state(name, state, MUON_STATE if use_muon else ADAMW_STATE)
+                keys = MUON_STATE if use_muon else ADAMW_STATE
+                keys = {**keys, STATE_KEY: STATE_KEY} if use_muon and STATE_KEY in state else keys
+                kept = read_state(name, state, keys)
                 flatten = group.settings["flatten"] if use_muon else None
                 entries.append(Entry(name, group.number, use_muon, settings, kept, flatten))
         return entries
