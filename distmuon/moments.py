@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmuon.comm.layout import as_dtensor, local_tensor
+from distmuon.comm.layout import laid_out_beside, local_tensor
 from distmuon.numerics.variants import by_rows, has_moments
 from distmuon.plan.companions import Moments
 from distmuon.plan.reading import Reading
@@ -38,19 +38,7 @@ def blank_moments(param: Tensor, moments: Moments, dtype: torch.dtype) -> Tensor
     """Zeros, on the mesh of the parameter and in its placements; what axes of input features shard is replicated."""
     sizes = moments.stored(local_tensor(param).shape)
     local = torch.zeros(sizes, dtype=dtype, device=param.device)
-    dtensor = as_dtensor(param)
-    if dtensor is None:
-        return local
-    from torch.distributed.tensor import DTensor, Replicate
-
-    placements = [
-        # of strided shards, too, there is no public class but what they have
-        Replicate() if getattr(placement, "dim", None) in moments.reduced else placement
-        for placement in dtensor.placements
-    ]
-    shape = torch.Size(moments.shape)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, dtensor.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return laid_out_beside(param, local, moments.shape, whole_axes=moments.reduced)
 
 
 def lacks_moments(state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,33 @@ def lay_out(what: str, value: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(
         local, ours.device_mesh, ours.placements, run_check=False, shape=ours.shape, stride=ours.stride()
     )
+
+
+def laid_out_beside(param: Tensor, local: Tensor, shape: Sequence[int], *, whole_axes: Sequence[int]) -> Tensor:
+    """Make a tensor of as many axes as a parameter from what this rank stores of it, without talking to other ranks.
+
+    Args:
+        param: Plain or DTensor.
+        local: Of this rank.
+        shape: Of the whole tensor.
+        whole_axes: What shards the parameter along these replicates the tensor, which is sharded alike along others.
+
+    Returns:
+        ``local`` itself beside a plain parameter.
+    """
+    dtensor = as_dtensor(param)
+    if dtensor is None:
+        return local
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [
+        # strided shards have no public class, but their axis
+        Replicate() if getattr(placement, "dim", None) in whole_axes else placement
+        for placement in dtensor.placements
+    ]
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(local, dtensor.device_mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def _laid_out_alike(a: DTensor, b: DTensor) -> bool:
