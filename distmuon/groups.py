@@ -43,7 +43,12 @@ _TORCH_KEYS = ("param_names", "initial_lr")
 
 
 def as_groups(
-    params: Params, *, muon_names: Sequence[str], adamw_names: Sequence[str], matrices: Matrices = None
+    params: Params,
+    *,
+    muon_names: Sequence[str],
+    adamw_names: Sequence[str],
+    matrices: Matrices = None,
+    last_stage: bool = True,
 ) -> tuple[list[Group], dict[str, Route]]:
     """Turn the ``params`` argument into groups that all say ``use_muon``.
 
@@ -53,6 +58,7 @@ def as_groups(
         muon_names: See :func:`distmuon.routing.route_module`.
         adamw_names: See :func:`distmuon.routing.route_module`.
         matrices: See :class:`distmuon.Muon`.
+        last_stage: See :func:`distmuon.routing.route_module`.
 
     Returns:
         The groups, and the routes of the parameters that were routed.
@@ -66,7 +72,8 @@ def as_groups(
             raise TypeError(f"{key}={globs!r} is a single string: it takes a list of globs, [{globs!r}].")
     if isinstance(params, nn.Module):
         refuse_flattened(params)
-        routes = route_module(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
+        globs = {"muon_names": muon_names, "adamw_names": adamw_names}
+        routes = route_module(params, **globs, matrices=matrices, last_stage=last_stage)
         return split_by_route(list(params.named_parameters()), routes, {}), routes
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor: pass a module, named parameters, or groups.")

@@ -23,6 +23,7 @@ from distmuon.comm.group import (
     broadcast,
     check_mesh,
     distributed,
+    is_last,
     mesh_ranks,
     replicas_of,
 )
@@ -126,7 +127,8 @@ class Muon(Optimizer):
             theirs. Without it, each rank updates its plain parameters alone.
         stages: With pipeline parallelism, the mesh axis or process group that holds one rank of each stage, as
             ``mesh["pp"]``: a step that one stage leaves out (``on_nonfinite``) or cannot take is left out, or raises,
-            on all. Costs one small all-reduce a step. Without it, each stage decides alone.
+            on all. Costs one small all-reduce a step. Without it, each stage decides alone. The last Linear of an
+            ``nn.Sequential`` is a head on the last of its ranks only; ``muon_names`` and ``adamw_names`` say otherwise.
         wire_dtype: Dtype of what travels between ranks. None takes ``ns_dtype``, which changes no bit, as
             matrices are rounded to it anyway.
         replicas: ``"share"`` spreads the matrices over the replicas of HSDP and DDP; ``"repeat"`` lets each
@@ -227,7 +229,13 @@ class Muon(Optimizer):
         check_mesh("stages", stages)
         self._mesh = replicas_of(params) if mesh is None else mesh
         self._stages = None if stages is None else as_group(stages)
-        groups, self._routes = as_groups(params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
+        groups, self._routes = as_groups(
+            params,
+            muon_names=muon_names,
+            adamw_names=adamw_names,
+            matrices=matrices,
+            last_stage=is_last(self._stages),
+        )
         check_disjoint(groups)
         defaults = {
             "lr": lr,

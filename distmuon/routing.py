@@ -29,6 +29,7 @@ _CONVOLUTIONS = (
 _HEAD_NAMES = frozenset(
     "lm_head head output output_head output_layer classifier score embed_out unembed unembedding".split()
 )
+_HEAD = "output head"
 # Last part of the name of a parameter that belongs to no module type we know
 _EMBEDDING_NAME = re.compile(r"(^|_)(embed|embeds|embedding|embeddings|emb|wte|wpe)(_|$)|(^|_)tokens?$")
 # In the name of a parameter, or in that of the class that holds it: its first axis counts matrices
@@ -84,6 +85,7 @@ def route_module(
     muon_names: Sequence[str] = (),
     adamw_names: Sequence[str] = (),
     matrices: Matrices = None,
+    last_stage: bool = True,
 ) -> dict[str, Route]:
     """Route every parameter of a model by the modules that use it.
 
@@ -95,6 +97,8 @@ def route_module(
         muon_names: Globs of names that Muon takes, whatever the rules say.
         adamw_names: Globs of names that AdamW takes.
         matrices: What parameters are read as, see :class:`distmuon.Muon`.
+        last_stage: Whether the model may end in a head that nothing but its place tells; not so in the middle of a
+            pipeline.
 
     Returns:
         One route a parameter, under its clean name, in the order of ``module.named_parameters()``.
@@ -105,10 +109,10 @@ def route_module(
     """
     module = _unwrapped(module)
     uses = _uses(module)
-    heads = _heads(module, uses)
+    heads = _heads(module, uses, last_stage=last_stage)
     params = _by_clean_name(module.named_parameters())
     routes = {
-        name: _route_used(name, param, uses[id(param)], head=id(param) in heads) for name, param in params.items()
+        name: _route_used(name, param, uses[id(param)], heads.get(id(param), "")) for name, param in params.items()
     }
     presets = presets_of({clean_name(path): found for path, found in module.named_modules(remove_duplicate=False)})
     for name in presets.keys() & routes.keys():
@@ -167,9 +171,9 @@ def _uses(root: nn.Module) -> dict[int, list[_Use]]:
     return uses
 
 
-def _heads(root: nn.Module, uses: dict[int, list[_Use]]) -> set[int]:
-    """Identities of output-head weights: what maps features to tokens or classes."""
-    heads: set[int] = set()
+def _heads(root: nn.Module, uses: dict[int, list[_Use]], *, last_stage: bool) -> dict[int, str]:
+    """Identities of output-head weights, what maps features to tokens or classes, and what tells them."""
+    heads: dict[int, str] = {}
     vocabularies: set[tuple[int, ...]] = set()
     for module in root.modules():
         if isinstance(module, nn.Embedding):
@@ -177,18 +181,33 @@ def _heads(root: nn.Module, uses: dict[int, list[_Use]]) -> set[int]:
         getter = getattr(module, "get_output_embeddings", None)  # transformers' public accessor
         output = getter() if callable(getter) else None
         if isinstance(output, nn.Module):
-            heads.update(id(param) for param in output.parameters())
+            heads.update((id(param), _HEAD) for param in output.parameters())
     for identity, users in uses.items():
         for use in users:
-            parts = use.path.split(".")
+            parts = _within_stage(root, use.path, uses)
             # Numbered blocks repeat; what stands outside them and maps to the vocabulary is the head
             if not isinstance(use.module, nn.Linear) or any(part.isdigit() for part in parts):
                 continue
             rows, cols = use.module.weight.shape
             if parts[-1] in _HEAD_NAMES or (rows != cols and (rows, cols) in vocabularies):
-                heads.add(identity)
-    heads.update(id(param) for param in _last_linear_of_sequential(_core(root)))
+                heads[identity] = _HEAD
+    if last_stage:
+        for param in _last_linear_of_sequential(_core(root)):
+            heads.setdefault(id(param), f"{_HEAD}, as the last Linear of a Sequential")
     return heads
+
+
+def _within_stage(root: nn.Module, path: str, uses: dict[int, list[_Use]]) -> list[str]:
+    """The path of a layer without the number of the pipeline stage that holds it, in a list of stages.
+
+    What several items of a list have is a layer of blocks, and keeps the number.
+    """
+    parts = path.split(".")
+    if isinstance(root, nn.ModuleList) and len(parts) > 1:
+        same = {use.path for users in uses.values() for use in users if use.path.split(".")[1:] == parts[1:]}
+        if len(same) == 1:
+            return parts[1:]
+    return parts
 
 
 def _core(root: nn.Module) -> nn.Module:
@@ -206,7 +225,7 @@ def _last_linear_of_sequential(root: nn.Module) -> Iterator[Tensor]:
             yield from linears[-1].parameters()
 
 
-def _route_used(name: str, param: Tensor, users: Sequence[_Use], *, head: bool) -> Route:
+def _route_used(name: str, param: Tensor, users: Sequence[_Use], head: str) -> Route:
     tied = " (tied)" if len(users) > 1 else ""
     modules = [use.module for use in users]
     if param.ndim < 2:
@@ -214,7 +233,7 @@ def _route_used(name: str, param: Tensor, users: Sequence[_Use], *, head: bool) 
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
         return Route(False, f"embedding{tied}")
     if head:
-        return Route(False, f"output head{tied}")
+        return Route(False, f"{head}{tied}")
     if any(isinstance(module, _NORMS) for module in modules):
         return Route(False, "norm")
     convolution = next((module for module in modules if isinstance(module, _CONVOLUTIONS)), None)

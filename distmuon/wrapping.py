@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from distmuon.comm.group import Mesh, replicas_of
+from distmuon.comm.group import Mesh, as_group, check_mesh, is_last, replicas_of
 from distmuon.groups import Group, refuse_flattened
 from distmuon.moving import Origin, Roads, divide, take_out
 from distmuon.muon import Muon
@@ -93,6 +93,9 @@ def wrap(
         mesh = replicas_of(model)
     routing: dict[str, Any] = {"muon_names": muon_names, "adamw_names": adamw_names}
     routing.update({key: muon_options.pop(key) for key in ("matrices",) if key in muon_options})
+    stages = muon_options.get("stages")
+    check_mesh("stages", stages)
+    routing["last_stage"] = stages is None or is_last(as_group(stages))
     roads = Roads.of(model, **routing)
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     given = {key: value for key, value in settings.items() if value is not None}

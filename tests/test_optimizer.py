@@ -254,7 +254,7 @@ def test_report_and_log(caplog):
     by_name = {row.name: row for row in report.rows}
     assert by_name["2.weight"].algorithm == "muon"
     assert by_name["2.weight"].lr == pytest.approx(0.02 * 0.2 * 12**0.5)
-    assert by_name["4.weight"].reason == "output head"
+    assert by_name["4.weight"].reason == "output head, as the last Linear of a Sequential"
     assert by_name["4.weight"].lr == 1e-2
     assert "muon: 2 parameters, 204 elements; adamw: 4 parameters, 63 elements" in str(report)
     with caplog.at_level(logging.INFO, logger="distmuon"):

@@ -203,3 +203,28 @@ def test_every_parameter_is_routed_once(shapes, names):
             assert min(param.shape[-2:]) > 1
         else:
             assert routes[name].reason
+
+
+def test_heads_of_pipeline_stages():
+    """In a list of stages the number is that of a stage, unless several have the layer, as blocks do."""
+
+    def stage(**layers):
+        return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), **layers})
+
+    stages = nn.ModuleList(
+        [stage(embed=nn.Embedding(9, 4), up=nn.Linear(4, 6)), stage(), stage(head=nn.Linear(4, 9), up=nn.Linear(4, 6))]
+    )
+    assert {name for name, route in route_module(stages).items() if route.reason == "output head"} == {"2.head.weight"}
+    tied_to_vocabulary = nn.ModuleList([stages[0], stage(predict=nn.Linear(4, 9))])
+    assert route_module(tied_to_vocabulary)["1.predict.weight"].reason == "output head"
+    blocks = nn.ModuleList(stage(output=nn.Linear(4, 4)) for _ in range(2))
+    assert all(route.use_muon for name, route in route_module(blocks).items() if name.endswith("output.weight"))
+
+
+def test_a_stage_in_the_middle_ends_in_no_head():
+    stage = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    last, middle = (route_module(stage, last_stage=last)["2.weight"] for last in (True, False))
+    assert last.reason == "output head, as the last Linear of a Sequential" and not last.use_muon
+    assert middle.use_muon
+    named = nn.ModuleDict({"up": nn.Linear(4, 6), "lm_head": nn.Linear(4, 9)})
+    assert route_module(named, last_stage=False)["lm_head.weight"].reason == "output head"

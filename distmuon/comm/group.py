@@ -55,6 +55,11 @@ def mesh_ranks(mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
+def is_last(group: ProcessGroup | None) -> bool:
+    """Whether this process is the last one of a group; of none, yes."""
+    return group is None or dist.get_rank(group) == dist.get_world_size(group) - 1
+
+
 def check_mesh(argument: str, mesh: object) -> None:
     """Refuse what is no mesh of one axis before a step reads it, on this rank alone.
 

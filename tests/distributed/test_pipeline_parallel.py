@@ -263,3 +263,21 @@ def on_the_wrong_axis():
 
 def test_an_axis_that_shares_parameters_is_no_axis_of_stages(pool):
     pool.run(on_the_wrong_axis)
+
+
+def heads_of_sequentials():
+    """What takes the last Linear of a Sequential, with stages and without, by a Muon and by a wrapped AdamW."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    found = []
+    for options in ({}, {"stages": mesh["pp"]}):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        reports = [distmuon.Muon(model, lr=0.05, adamw_lr=0.01, **options).report()]
+        reports.append(distmuon.wrap(model, torch.optim.AdamW(model.parameters()), lr=0.05, **options).report())
+        found.append([{row.name: row.algorithm for row in report.rows}["2.weight"] for report in reports])
+    return mesh["pp"].get_local_rank(), found
+
+
+def test_a_sequential_stage_ends_in_a_head_on_the_last_rank_alone(pool):
+    for place, (alone, staged) in pool.run(heads_of_sequentials):
+        assert alone == ["adamw", "AdamW"]
+        assert staged == (alone if place else ["muon", "muon"])
