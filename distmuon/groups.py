@@ -72,8 +72,9 @@ def as_groups(
             raise TypeError(f"{key}={globs!r} is a single string: it takes a list of globs, [{globs!r}].")
     if isinstance(params, nn.Module):
         refuse_flattened(params)
-        globs = {"muon_names": muon_names, "adamw_names": adamw_names}
-        routes = route_module(params, **globs, matrices=matrices, last_stage=last_stage)
+        routes = route_module(
+            params, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices, last_stage=last_stage
+        )
         return split_by_route(list(params.named_parameters()), routes, {}), routes
     if isinstance(params, Tensor):
         raise TypeError("params is a single tensor: pass a module, named parameters, or groups.")
