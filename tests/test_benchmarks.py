@@ -30,6 +30,7 @@ import accuracy  # noqa: E402
 import engine_losses  # noqa: E402
 import family  # noqa: E402
 import family_costs  # noqa: E402
+import heads  # noqa: E402
 import lr_sweep  # noqa: E402
 import matrix_families  # noqa: E402
 import momenta  # noqa: E402
@@ -274,6 +275,17 @@ def test_engines_are_timed(limit, tmp_path, monkeypatch, short_samples, capsys):
     assert 0 < alone["accuracy"]["gauss"]["auto"]["error"] < 0.3
     assert found["momenta"].keys() == {"8x16", "6x6"}
     assert (tmp_path / "found.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_heads_are_timed_and_send_nothing_where_they_lie_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(heads.MODELS, "qwen3_0.6b", (1, [(16, 8), (8, 8), (8, 8), (8, 16), (12, 8), (12, 8), (8, 12)]))
+    run_main(heads, monkeypatch, "--head", 4, "--ranks", 2, "--samples", 2, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [len(found["ms"][word]) for word in ("whole", "heads")] == [2, 2]
+    sent = found["bytes"]["2"]
+    assert sent["q, k, v"]["heads"] == 0 < sent["q, k, v"]["whole"]
+    assert sent["o"]["heads"] > 0
 
 
 def test_whole_steps_are_timed(tmp_path, monkeypatch, short_samples):
