@@ -12,6 +12,7 @@ from distmuon.groups import Group, group_names
 from distmuon.learning_rates import group_lrs
 from distmuon.matrices import blocks_in, looks_fused
 from distmuon.numerics.recipe import choose
+from distmuon.numerics.variants import by_rows, has_moments
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.reading import Reading
@@ -108,6 +109,7 @@ def build_report(
     notes = [
         *_unread(groups, routes),
         *_look_fused(groups, routes),
+        *_variant_notes(groups),
         *_engine_notes(groups, options, pipelines),
         *(_plan_note(pipeline) for pipeline in pipelines),
     ]
@@ -166,6 +168,15 @@ def nothing_on_muon(report: RoutingReport) -> str:
         "flattened (FSDP1, ZeRO): shard with torch.distributed.fsdp.fully_shard instead. For AdamW alone "
         "use torch.optim.AdamW."
     )
+
+
+def _variant_notes(groups: Sequence[Group]) -> list[str]:
+    return [
+        f"group {index} is updated by {group['variant']}, with a second moment of each "
+        f"{'row' if by_rows(group['variant']) else 'element'} (muon_beta2={group['muon_beta2']})."
+        for index, group in enumerate(groups)
+        if group["use_muon"] and has_moments(group["variant"])
+    ]
 
 
 def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence[Pipeline]) -> list[str]:
