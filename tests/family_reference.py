@@ -175,7 +175,7 @@ class NorMuon(Muon):
 
 
 class AdaMuon(Muon):
-    """AdaMuon: arXiv 2507.11005v3, algorithm 1.
+    """AdaMuon: arXiv 2507.11005, algorithm 1, as https://github.com/Chongjie-Si/AdaMuon shows it.
 
     ::
 
@@ -185,7 +185,7 @@ class AdaMuon(Muon):
         O^ <- O / (sqrt(V) + eps)
         W  <- W - eta (0.2 sqrt(m n) / |O^|_F O^ + lambda W)
 
-    The first version of the paper has no Sign, which libraries still follow.
+    pytorch_optimizer has no Sign, of which the abstract of the paper's first version does not speak either.
 
     Args:
         orthogonalize: ``NewtonSchulz``.
@@ -217,7 +217,7 @@ class AdaMuon(Muon):
 
 
 class MuonBP(Muon):
-    """MuonBP, blocks of rows: arXiv 2510.16981, section 3.
+    """MuonBP, blocks of rows: arXiv 2510.16981. Decay at ``eta_full`` in all steps is a choice.
 
     ::
 
@@ -232,7 +232,7 @@ class MuonBP(Muon):
         period: ``P``.
         blocks: How many, cut as torch.chunk and FSDP2 cut rows, which may make fewer.
         block_lr_ratio: ``eta_block / eta_full``; the theory puts it between ``1/sqrt(blocks)`` and 1.
-        first: ``t`` of the first step. The paper counts from 0, so that it begins with whole matrices.
+        first: ``t`` of the first step; 0, a choice, begins with whole matrices.
         **keywords: As :class:`Muon`.
     """
 
