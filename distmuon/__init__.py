@@ -14,6 +14,7 @@ from distmuon.qk_clip.apply import qk_clip_
 from distmuon.qk_clip.attach import QKClip, attach_qk_clip
 from distmuon.qk_clip.record import record_max_logits
 from distmuon.report import RoutingReport, RoutingRow
+from distmuon.scion import Scion
 from distmuon.wrapped import WrappedMuon
 from distmuon.wrapping import unwrap, wrap
 
@@ -24,6 +25,7 @@ __all__ = [
     "QKClip",
     "RoutingReport",
     "RoutingRow",
+    "Scion",
     "SuggestedRates",
     "WrappedMuon",
     "__version__",

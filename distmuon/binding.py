@@ -32,7 +32,17 @@ from distmuon.comm.layout import as_dtensor, read_layout
 from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
 from distmuon.costing import block_spec, owner_cost, pace_of
-from distmuon.facts import Fact, Key, Said, compare_settings, compare_versions, merge, moment_holdings, nodes_of
+from distmuon.facts import (
+    Fact,
+    Key,
+    Said,
+    compare_settings,
+    compare_versions,
+    cut_sums,
+    merge,
+    moment_holdings,
+    nodes_of,
+)
 from distmuon.groups import Group, group_names
 from distmuon.moments import blank_moments, moments_dtype, moments_in, words
 from distmuon.numerics.costs import CostTable
@@ -50,6 +60,7 @@ from distmuon.plan.parameters import Holding, ParameterSpec
 from distmuon.plan.plan import Plan
 from distmuon.plan.reading import READING_KEYS, Reading
 from distmuon.plan.simulate import GLOO, NCCL
+from distmuon.plan.sums import CutSum
 from distmuon.staging import Staging
 from distmuon.stats import StepClock
 from distmuon.values import FAMILY_KEYS
@@ -95,6 +106,7 @@ class Part:
         matrices: This rank's parameters on Muon, by place in the plan.
         group: The process group; None where this rank is alone.
         active: With ``static_grads``: which keys take part, once that is known.
+        sums: For places in ``keys`` that have an ``lmo``: what its norms need of other ranks, where they do.
     """
 
     pipeline: Pipeline
@@ -106,6 +118,7 @@ class Part:
     matrices: dict[int, Entry]
     group: ProcessGroup | None
     active: tuple[bool, ...] | None = None
+    sums: dict[int, CutSum] = field(default_factory=dict)
 
 
 @dataclass
@@ -193,7 +206,7 @@ def check_stages(groups: Sequence[Group], mesh: Mesh | None, stages: ProcessGrou
 def _bound_settings(group: Group) -> list[Any]:
     """What a plan depends on: matrices of one bucket share their iteration, and ``model.to`` moves parameters."""
     tensors = [(param.dtype, param.device) for param in group["params"]]
-    keys = ("use_muon", *READING_KEYS, "ns_coefficients", "ns_steps", "eps", "variant", "muon_beta2")
+    keys = ("use_muon", "lmo", *READING_KEYS, "ns_coefficients", "ns_steps", "eps", "variant", "muon_beta2")
     return [tensors, *(group[key] for key in keys)]
 
 
@@ -297,12 +310,13 @@ def _part(
             if number in entries and any(holding.rank == rank for holding in spec.holdings)
         },
         group=group,
+        sums=cut_sums(merged),
     )
 
 
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
-        use_muon, settings, iteration = group["use_muon"], f"adamw, lmo={group['lmo']!r}", ""
+        use_muon, settings, iteration = group["use_muon"], "adamw", ""
         request: Request | None = None
         if use_muon:
             request = options.request(group)
@@ -312,6 +326,9 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
                 iteration += f" {group['variant']} {group['muon_beta2']} {group['transposed']}"
             keys = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
             settings = "muon, " + ", ".join(f"{key}={group[key]!r}" for key in (*keys, *FAMILY_KEYS, *READING_KEYS))
+        elif group["lmo"] is not None:
+            keys = ("lmo", "momentum", "nesterov", "eps", "flatten", "transposed")
+            settings = ", ".join(f"{key}={group[key]!r}" for key in keys)
         # replicas that decay or step by other rates would drift apart
         settings += "".join(f", {key}={float(group[key])!r}" for key in ("lr", "weight_decay"))
         settings += f", cautious_wd={group['cautious_wd']}"
@@ -322,7 +339,7 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
             if request is not None:
                 device = compute_device(_meshes_of([param]), torch.device(layout.device))
                 costs = _nanoseconds(name, layout.shape, reading, request, options, device)
-            fact = Fact(name, index, use_muon, reading, iteration, request, settings, costs, layout)
+            fact = Fact(name, index, use_muon, reading, iteration, request, settings, costs, layout, lmo=group["lmo"])
             yield Entry(param, _with_moments(fact, moments_in(group, param), param, options, mesh))
 
 

@@ -8,11 +8,13 @@ from typing import TypeAlias
 
 from distmuon.comm.layout import LocalLayout
 from distmuon.numerics.costs import CostTable
+from distmuon.numerics.lmo import norm_axes
 from distmuon.numerics.recipe import Request
 from distmuon.plan.companions import Moments
 from distmuon.plan.nodes import Nodes
 from distmuon.plan.parameters import Holding
 from distmuon.plan.reading import Reading
+from distmuon.plan.sums import CutSum, cut_sum
 
 Key: TypeAlias = "tuple[str, tuple[int, ...]]"
 
@@ -34,6 +36,7 @@ class Fact:
         layout: Where it lies.
         moments: Its second moments.
         moments_layout: Where these lie.
+        lmo: In which norm its step is of unit size; None on Muon and AdamW.
     """
 
     name: str
@@ -47,11 +50,19 @@ class Fact:
     layout: LocalLayout
     moments: Moments | None = None
     moments_layout: LocalLayout | None = None
+    lmo: str | None = None
 
     @property
     def key(self) -> Key:
         """What tells parameters apart: experts of two meshes may share a name."""
         return self.name, self.layout.ranks
+
+    @property
+    def norm_axes(self) -> tuple[int, ...]:
+        """The axes that the norm of its ``lmo`` runs over."""
+        assert self.lmo is not None
+        reading, ndim = self.reading, len(self.layout.shape)
+        return norm_axes(self.lmo, ndim, flatten=reading.flatten, transposed=reading.transposed)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,17 @@ def moment_holdings(facts: Mapping[int, Sequence[Fact]]) -> dict[Key, list[Holdi
             layout = fact.moments_layout
             if layout is not None:
                 found.setdefault(fact.key, []).append(Holding(rank, layout.box, layout.replica))
+    return found
+
+
+def cut_sums(merged: Mapping[Key, tuple[list[Holding], Fact]]) -> dict[int, CutSum]:
+    """What the norms of lmo groups need of other ranks, by place of the parameter in ``merged``."""
+    found = {}
+    for number, (holdings, fact) in enumerate(merged.values()):
+        if fact.lmo is not None:
+            sums = cut_sum(fact.layout.shape, fact.norm_axes, holdings)
+            if sums is not None:
+                found[number] = sums
     return found
 
 

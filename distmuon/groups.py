@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distmuon.comm.layout import check_parameter
 from distmuon.matrices import Matrices, blocks_in, unclear_axes
+from distmuon.numerics.lmo import norm_axes
 from distmuon.numerics.update import resolve_lr_scale
 from distmuon.options import Options
 from distmuon.plan.reading import READING_KEYS, WHOLE, Reading
@@ -219,6 +220,8 @@ def check_group(group: Group, label: str, options: Options) -> None:
         check_parameter(name, param)
         if group["use_muon"]:
             blocks_in(group, name, param)
+        elif group["lmo"] is not None:
+            _check_lmo(group, label, name, param.ndim)
 
 
 def follow_cycled_betas(groups: Sequence[Group]) -> None:
@@ -229,7 +232,8 @@ def follow_cycled_betas(groups: Sequence[Group]) -> None:
     in a resumed run too.
     """
     for group in groups:
-        if group["use_muon"] and "max_momentum" in group and group.get("followed_beta") != group["betas"][0]:
+        averages = group["use_muon"] or group["lmo"] is not None
+        if averages and "max_momentum" in group and group.get("followed_beta") != group["betas"][0]:
             group["momentum"] = group["followed_beta"] = group["betas"][0]
 
 
@@ -257,9 +261,14 @@ def fill_defaults(group: Group, defaults: Mapping[str, Any], options: Options, l
         label: What to call the group in messages.
 
     Raises:
-        ValueError: for an AdamW group that has no learning rate and can take none.
+        ValueError: for an AdamW group that has no learning rate and can take none, and an lmo group that has none.
     """
     if not group["use_muon"]:
+        if group.get("lmo") is not None and "lr" not in group:
+            raise ValueError(
+                f"{label} has lmo={group['lmo']!r} and no learning rate: lr alone is the size of its steps, so that "
+                "neither that of the matrices nor that of AdamW serves; give the group its own, as distmuon.Scion does."
+            )
         if "lr" not in group:
             group["lr"] = _adamw_lr(defaults, options, label)
         group.setdefault("weight_decay", options.adamw_weight_decay)
@@ -319,6 +328,23 @@ def _adamw_lr(defaults: Mapping[str, Any], options: Options, label: str) -> floa
         "does not suit AdamW. Pass adamw_lr (3e-4 is common), or adjust_lr_fn='match_rms_adamw', with which "
         "one lr, that of AdamW, serves both."
     )
+
+
+def _check_lmo(group: Group, label: str, name: str, ndim: int) -> None:
+    """Refuse a parameter that the oracle of its group is not of, and readings that mean nothing to oracles."""
+    lmo, flatten = group["lmo"], group["flatten"]
+    for key in ("split_sizes", "num_heads", "interleaved"):
+        if group[key]:
+            raise ValueError(f"{label} has lmo={lmo!r} and {key}={group[key]!r}, which is for matrices on Muon.")
+    try:
+        norm_axes(lmo, ndim, flatten=flatten, transposed=group["transposed"])
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r} in {label} {error}") from None
+    if ndim > 3 and not flatten and lmo != "bias_rms":
+        raise ValueError(
+            f"parameter {name!r} in {label} has {ndim} axes, and lmo={lmo!r} is of matrices: set flatten=True to take "
+            "it as a convolution (out, in * kernel)."
+        )
 
 
 def _check_axes(group: Group, label: str) -> None:

@@ -49,6 +49,7 @@ from distmuon.plan.reading import WHOLE
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.rest import complete_state, create_state, follow_parameters, step_adamw
 from distmuon.stats import StepClock, step_stats
+from distmuon.unit_steps import step_units
 
 logger = logging.getLogger("distmuon")
 
@@ -345,6 +346,7 @@ class Muon(Optimizer):
                 self._step_matrices(turn)
                 with self._clock.phase("adamw", turn.part.pipeline.device):
                     step_adamw(turn, self.param_groups, self.state, self._options)
+                    step_units(turn, self.param_groups, self.state)
         return True
 
     @property
@@ -418,8 +420,8 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
-        State keys: ``momentum_buffer`` for matrices; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest. Where
-        some state or a gradient is there, state that is still missing is made, zeros, so that what
+        State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``step``, ``exp_avg``, ``exp_avg_sq`` for
+        the rest. Where some state or a gradient is there, state that is still missing is made, zeros, so that what
         ``torch.distributed.checkpoint`` saves and restores by this is complete.
 
         Raises:

@@ -16,7 +16,8 @@ from distmuon.numerics.finite import nonfinite
 from distmuon.numerics.update import all_zero
 from distmuon.options import Options
 
-_STATE_KEYS = {True: {"momentum_buffer"}, False: {"step", "exp_avg", "exp_avg_sq"}}
+_AVERAGE_KEYS = {"momentum_buffer"}
+_ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def _look(part: Part, state: Mapping[Tensor, Mapping[str, Any]]) -> _Look:
         look.unreduced[number] = check_gradient(entry.fact.name, entry.param, grad)
         look.present[number] = True
         kept = state.get(entry.param)
-        missing = _STATE_KEYS[entry.fact.use_muon].difference(kept) if kept else ()
+        wanted = _ADAMW_KEYS if not entry.fact.use_muon and entry.fact.lmo is None else _AVERAGE_KEYS
+        missing = wanted.difference(kept) if kept else ()
         if missing:
             raise ValueError(
                 f"the state of parameter {entry.fact.name!r} lacks {', '.join(sorted(missing))}: load a state dict of "

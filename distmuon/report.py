@@ -30,7 +30,8 @@ class RoutingRow:
         shape: Its global shape.
         matrices: What Muon reads it as, output x input features, such as ``"8 of 768 x 512"`` or
             ``"768 + 256 + 256 x 768 (rows: q | k | v)"``; empty for AdamW.
-        algorithm: ``"muon"``, or ``"adamw"``, or the class of the optimizer that :func:`distmuon.wrap` got.
+        algorithm: ``"muon"``, ``"adamw"``, the ``lmo`` of its group, or the class of the optimizer that
+            :func:`distmuon.wrap` got.
         reason: Which rule decided.
         lr: The effective learning rate: that of the group times the scale of the matrix shape; of blocks that differ
             the largest.
@@ -103,7 +104,9 @@ def build_report(
             route = routes.get(name)
             reason = route.reason if route is not None else f"{label} says so"
             lrs = tuple(group_lrs(group, name, param).values())
-            matrices, algorithm = (_told(group, name, param, route), "muon") if group["use_muon"] else ("", "adamw")
+            matrices, algorithm = "", group["lmo"] or "adamw"
+            if group["use_muon"]:
+                matrices, algorithm = _told(group, name, param, route), "muon"
             blocks = lrs if len(lrs) > 1 else ()
             rows.append(RoutingRow(name, tuple(param.shape), matrices, algorithm, reason, max(lrs), blocks))
     notes = [

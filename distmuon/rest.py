@@ -46,10 +46,15 @@ def follow_parameters(groups: Sequence[Group], state: Mapping[Tensor, dict[str, 
                 if key == STATE_KEY:
                     kept[key] = value.to(param.device)
                 elif key != "step":
-                    dtype = (options.momentum_dtype if group["use_muon"] else None) or param.dtype
+                    dtype = (options.momentum_dtype if _averages(group) else None) or param.dtype
                     kept[key] = value.to(device=param.device, dtype=dtype)
                 elif options.fused:
                     kept[key] = value.to(device=param.device)
+
+
+def _averages(group: Group) -> bool:
+    """Whether the state of a group is a momentum average, and not that of AdamW."""
+    return group["use_muon"] or group["lmo"] is not None
 
 
 def _complete(kept: dict[str, Any], param: Tensor, group: Group, options: Options) -> None:
@@ -62,7 +67,7 @@ def _complete(kept: dict[str, Any], param: Tensor, group: Group, options: Option
 
 def _blank_state(param: Tensor, group: Group, options: Options) -> dict[str, Any]:
     """Zeros of the shape, mesh and placements of a parameter."""
-    if not group["use_muon"]:
+    if not _averages(group):
         return dict(init_state(param, fused=options.fused))
     momentum = torch.zeros_like(param, dtype=options.momentum_dtype, memory_format=torch.preserve_format)
     moments = moments_in(group, param)
@@ -73,10 +78,10 @@ def _blank_state(param: Tensor, group: Group, options: Options) -> dict[str, Any
 
 
 def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
-    """Update what is not on Muon, each rank its own shard."""
+    """Update what is neither on Muon nor has an ``lmo``, each rank its own shard."""
     members: dict[int, list[Tensor]] = {}
     for entry in turn.entries:
-        if not entry.fact.use_muon:
+        if not entry.fact.use_muon and entry.fact.lmo is None:
             members.setdefault(entry.fact.group, []).append(entry.param)
     for index, params in members.items():
         group = groups[index]

@@ -88,6 +88,8 @@ def convert(
     if source is None and reader.name == "kellerjordan" and known is not None and shapes is not None:
         _check_sorted(distinct[0], known, shapes)
     entries = reader.read(state_dicts, known or placeholders(distinct), shapes)
+    if target != "distmuon":
+        _check_rest(entries, target)
     groups = _target_groups(entries, optimizer, target_names, named=known is not None, shapes=shapes)
     if target != "moonlight" and target != "fsdp_optimizers":
         check_algorithms(groups)
@@ -143,6 +145,17 @@ def _recognize(state_dicts: Sequence[StateDict]) -> Format:
     raise ValueError(
         f"the state dict {which}, with the group keys {', '.join(keys)}: pass source=, one of {', '.join(FORMATS)}."
     )
+
+
+def _check_rest(entries: Sequence[Entry], target: str) -> None:
+    """Refuse steps of what is no matrix that only this project makes."""
+    for entry in entries:
+        for key in ("lmo", "cautious_wd"):
+            if not entry.use_muon and entry.settings.get(key):
+                raise ValueError(
+                    f"parameter {entry.name!r} has {key}={entry.settings[key]!r}, and {target} updates what is no "
+                    "matrix by AdamW alone: its state would go on as another optimizer's."
+                )
 
 
 def _check_sorted(state_dict: StateDict, names: Sequence[str], shapes: Shapes) -> None:

@@ -99,13 +99,14 @@ def _warn_of_changes(match: Match, groups: Sequence[Group]) -> None:
 
 
 def _other_readings(match: Match, groups: Sequence[Group]) -> Iterator[str]:
-    """What saved groups on Muon say of their variant, and of the axes of their parameters, that present ones do not."""
+    """What saved groups say of their variant or norm, and of the axes of parameters, that present ones do not."""
     for index, (group, settings) in enumerate(zip(groups, match.settings, strict=True)):
-        if settings is None or not group["use_muon"]:
+        if settings is None or not (group["use_muon"] or group.get("lmo")):
             continue
+        mine = ("variant", *READING_KEYS) if group["use_muon"] else ("lmo", "flatten", "transposed")
         stacked = any(param.ndim > 2 for param in group["params"])
         # of two axes nothing is to be flattened
-        keys = [key for key in ("variant", *READING_KEYS) if key in settings and (stacked or key != "flatten")]
+        keys = [key for key in mine if key in settings and (stacked or key != "flatten")]
         saved = _settings({key: settings[key] for key in keys})
         changed = [key for key in keys if saved[key] != _as_tuples(group[key])]
         if changed:
@@ -142,7 +143,7 @@ def _as_tuples(value: Any) -> Any:
 
 def _own(group: Group) -> dict[str, Any]:
     """What a group keeps of its own: who its parameters are, who updates them and how, and what their axes mean."""
-    return {key: group[key] for key in ("use_muon", "param_names", "variant", *READING_KEYS) if key in group}
+    return {key: group[key] for key in ("use_muon", "lmo", "param_names", "variant", *READING_KEYS) if key in group}
 
 
 def _lay_out(name: str, key: str, value: Any, group: Group, param: Tensor) -> Any:

@@ -15,7 +15,9 @@ from distmuon.routing import clean_name
 State: TypeAlias = Mapping[Hashable, Mapping[str, Any]]
 Names: TypeAlias = list[list[str]]
 
-_ALGORITHMS = ("AdamW", "Muon")
+_ALGORITHMS = {"muon": "Muon", "adamw": "AdamW", "lmo": "lmo"}
+# The key of state that tells a route, and the route that it is taken for where nothing else tells
+_KEY_OF = {"muon": "momentum_buffer", "lmo": "momentum_buffer", "adamw": "exp_avg", None: ""}
 _ROUTE_OF = {"momentum_buffer": "muon", "exp_avg": "adamw"}
 _UNKNOWN: dict[str, Any] = {"on": None, "shape": None}
 _NOTHING: dict[str, Any] = {}
@@ -142,9 +144,10 @@ def _by_position(saved: Sequence[Group], state: State, groups: Sequence[Group], 
     present = _table(groups, names)
     told: RoutingTable = {}
     for index, (old, new) in enumerate(zip(saved, groups, strict=True)):
-        if old.get("use_muon", new["use_muon"]) != new["use_muon"] and not reset:
+        was, now = _route(old), _route(new)
+        if was is not None and now is not None and was != now and not reset:
             raise ValueError(
-                f"group {index} was saved on {_ALGORITHMS[old['use_muon']]} and is on {_ALGORITHMS[new['use_muon']]} "
+                f"group {index} was saved on {_ALGORITHMS[was]} and is on {_ALGORITHMS[now]} "
                 "now: its state does not carry over. Route it as before, or start without optimizer state."
             )
         if len(old["params"]) != len(new["params"]):
@@ -192,16 +195,17 @@ def _table(groups: Sequence[Group], names: Names) -> RoutingTable:
 
 
 def _route(group: Mapping[str, Any]) -> str | None:
+    if group.get("lmo") is not None:
+        return "lmo"
     return {True: "muon", False: "adamw", None: None}[group.get("use_muon")]
 
 
 def _tell(on: str | None, entry: Mapping[str, Any] = _NOTHING, present: str | None = None) -> dict[str, Any]:
     """The route and shape of a parameter; its state tells what ``on`` does not."""
     tensors = {key: entry[key] for key in _ROUTE_OF if isinstance(entry.get(key), Tensor)}
-    routes = {_ROUTE_OF[key] for key in tensors}
-    if on is None and routes:
+    if on is None and tensors:
         # of two kinds of state, that of the present route is a blank made for loading, and the other was saved
-        on = min(routes - {present}, default=present)
+        on = min((_ROUTE_OF[key] for key in tensors if key != _KEY_OF[present]), default=present)
     return {"on": on, "shape": next((list(value.shape) for value in tensors.values()), None)}
 
 

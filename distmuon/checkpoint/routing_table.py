@@ -11,7 +11,7 @@ from distmuon.groups import group_names
 
 RoutingTable: TypeAlias = dict[str, dict[str, Any]]
 
-_ALGORITHMS = {"muon": "Muon", "adamw": "AdamW"}
+_ALGORITHMS = {"muon": "Muon", "adamw": "AdamW", "lmo": "lmo"}
 _SHOWN = 10
 
 
@@ -22,9 +22,9 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
         optimizer: :class:`distmuon.Muon`, or one of torch's. All of its parameters are listed, frozen ones too.
 
     Returns:
-        By name, without the prefixes of wrappers: ``{"on": "muon" or "adamw", "shape": [...]}``, where the shape is
-        the global one. It is the same on any number of ranks that hold the same parameters. Parameters without names
-        are called by their places, ``"group 0, parameter 1"``.
+        By name, without the prefixes of wrappers: ``{"on": "muon", "adamw" or "lmo", "shape": [...]}``, where the shape
+        is the global one. It is the same on any number of ranks that hold the same parameters. Parameters without
+        names are called by their places, ``"group 0, parameter 1"``.
 
     Raises:
         ValueError: if two parameters have one name.
@@ -39,7 +39,8 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
                     f"two parameters of the optimizer are called {name!r}: name them as the whole model does, with "
                     "its named_parameters()."
                 )
-            table[name] = {"on": "muon" if use_muon else "adamw", "shape": list(param.shape)}
+            on = "muon" if use_muon else "adamw" if group.get("lmo") is None else "lmo"
+            table[name] = {"on": on, "shape": list(param.shape)}
     return table
 
 

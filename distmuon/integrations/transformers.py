@@ -102,7 +102,7 @@ def _rates(optimizer: Muon, lrs: Sequence[float | Tensor]) -> dict[str, float]:
     rates: dict[str, float] = {}
     effective: list[float] = []
     for group, lr in zip(optimizer.param_groups, map(float, lrs), strict=False):
-        rates.setdefault("lr/muon" if group["use_muon"] else "lr/adamw", lr)
+        rates.setdefault(f"lr/{'muon' if group['use_muon'] else group['lmo'] or 'adamw'}", lr)
         if group["use_muon"]:
             for name, param in zip(group_names(group, "group"), group["params"], strict=True):
                 specs = [block.matrices for block in blocks_in(group, name, param)]

@@ -25,6 +25,8 @@ from distmuon.values import FAMILY_DEFAULTS
 
 _REQUIRED = ("use_muon", "lr", "weight_decay", "momentum", "adjust_lr_fn", "flatten", "betas")
 _OPTIONAL = tuple(key for key in GROUP_KEYS if key not in (*_REQUIRED, "params"))
+_ADAMW_KEYS = (*ADAMW_KEYS, "cautious_wd")
+_LMO_KEYS = ("lmo", "momentum", "nesterov", *_ADAMW_KEYS)
 # What a group has beside the settings of its matrices
 _NOT_MUON = ("use_muon", *READING_KEYS, "betas", "lmo", "name")
 
@@ -43,16 +45,16 @@ class DistMuon:
         entries = []
         for group in read_groups(state_dicts[0], names):
             check_keys(group, self.name, _REQUIRED, _OPTIONAL)
-            use_muon = group.settings["use_muon"]
+            use_muon, lmo = group.settings["use_muon"], group.settings.get("lmo") is not None
             settings = {
                 key: value
                 for key, value in group.settings.items()
-                if (key not in _NOT_MUON if use_muon else key in ADAMW_KEYS)
+                if (key not in _NOT_MUON if use_muon else key in (_LMO_KEYS if lmo else _ADAMW_KEYS))
                 # what is Muon itself needs no word, as other projects have no key for it
                 and not (key in FAMILY_DEFAULTS and value == FAMILY_DEFAULTS[key])
             }
             for name, state in zip(group.names, group.states, strict=True):
-                keys = MUON_STATE if use_muon else ADAMW_STATE
+                keys = MUON_STATE if use_muon or lmo else ADAMW_STATE
                 keys = {**keys, STATE_KEY: STATE_KEY} if use_muon and STATE_KEY in state else keys
                 kept = read_state(name, state, keys)
                 flatten = group.settings["flatten"] if use_muon else None
