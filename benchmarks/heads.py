@@ -40,13 +40,14 @@ LLAMAS = sorted(name for name, (_, shapes) in MODELS.items() if len(shapes) == l
 def matrices_of(shapes: Sequence[Shape], blocks: int, names: Sequence[str] = NAMES) -> nn.Sequential:
     """Blocks of linear layers that have gradients."""
     torch.manual_seed(0)
-    layers = nn.Sequential(*(nn.ModuleDict() for _ in range(blocks)))
+    layers = [nn.ModuleDict() for _ in range(blocks)]
     for layer in layers:
         for name, (rows, cols) in zip(NAMES, shapes, strict=True):
             if name in names:
-                layer[name] = nn.Linear(cols, rows, bias=False)
-                layer[name].weight.grad = torch.randn(rows, cols)
-    return layers
+                linear = nn.Linear(cols, rows, bias=False)
+                linear.weight.grad = torch.randn(rows, cols)
+                layer[name] = linear
+    return nn.Sequential(*layers)
 
 
 def optimizer_of(layers: nn.Module, head: int, *, by_head: bool, **options: Any) -> distmuon.Muon:

@@ -27,11 +27,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from overlap_hosts import Host, two_hosts
 from overlap_ranks import INF, LAYOUTS, Request
 from overlap_report import draw, make_table
 from rich.console import Console
 from step_time_contenders import MODELS
+from two_hosts import Host, NotPermitted, two_hosts
 
 from distmuon.numerics.tables import builtin_speeds
 
@@ -51,8 +51,15 @@ def main() -> None:
         gigabytes=None if math.isclose(gigabytes, 1e-9 / builtin_speeds("cpu").remote.exchange) else gigabytes,
         ranks=args.ranks,
     )
-    with two_hosts(args.rate) as hosts, tempfile.TemporaryDirectory() as folder:
-        found = measure(request, hosts, pathlib.Path(folder), args.limit)
+    try:
+        with two_hosts() as both, tempfile.TemporaryDirectory() as folder:
+            # a short queue, so that what waits, waits in the sender and not unseen in the cable
+            both.rate(_bits(args.rate) / 1e6, burst="128kb", latency="50ms")
+            found = measure(request, both.hosts, pathlib.Path(folder), args.limit)
+    except NotPermitted as reason:
+        raise SystemExit(
+            f"this machine permits no namespaces: {reason}. Run it as root on Linux with iproute2."
+        ) from None
     Console(highlight=False, width=120).print(make_table(summary(found), _title(request, args.rate)))
     if args.json:
         args.json.write_text(json.dumps({"request": asdict(request), "rate": args.rate, "ranks": found}) + "\n")
@@ -77,7 +84,7 @@ def measure(request: Request, hosts: Sequence[Host], folder: pathlib.Path, limit
             "LOCAL_RANK": local,
             "LOCAL_WORLD_SIZE": request.ranks,
             "GROUP_RANK": node,
-            "GLOO_SOCKET_IFNAME": hosts[node].interface,
+            "GLOO_SOCKET_IFNAME": hosts[node].cable,
             "OMP_NUM_THREADS": 1,
         }
         script = pathlib.Path(__file__).with_name("overlap_ranks.py")

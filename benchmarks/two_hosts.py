@@ -80,9 +80,15 @@ class TwoHosts:
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.hosts = tuple(hosts)
 
-    def rate(self, mbit: float) -> None:
-        """Let at most so many Mbit/s leave each host."""
-        self._shape(f"tbf rate {mbit:g}mbit burst 256kb latency 400ms")
+    def rate(self, mbit: float, *, burst: str = "256kb", latency: str = "400ms") -> None:
+        """Let at most so many Mbit/s leave each host.
+
+        Args:
+            mbit: The rate.
+            burst: What may leave at once.
+            latency: How long a packet may wait in the cable before it is dropped.
+        """
+        self._shape(f"tbf rate {mbit:g}mbit burst {burst} latency {latency}")
 
     def bad_cable(self, delay: str, loss: str) -> None:
         """Delay packets and lose some, such as 2ms and 0.5%.
