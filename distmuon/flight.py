@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,7 @@ class Flight:
     """A wave on its way through the step.
 
     Attributes:
+        plan: What it is of.
         matrices: All that this rank owns of it, 1-D; None before they are together and after they are sent.
         scatter: The leg of the updates that is on its way.
         legs: Those that have still to set out.
@@ -50,6 +52,7 @@ class Flight:
         home: Updates of own matrices on their way to the host.
     """
 
+    plan: Plan
     wave: Wave
     routes: Routes
     kept: Tensor
@@ -60,6 +63,30 @@ class Flight:
     staging: Staging | None = None
     lifted: Mark | None = None
     home: Arrival | None = None
+
+    def parameter(self, part: Part) -> int:
+        """The parameter of a part, by place in the plan."""
+        return self.wave.assignments[part.slot].parameter
+
+    def view(self, part: Part) -> Tensor:
+        """The elements of a part among the owned matrices and their companions."""
+        assert self.matrices is not None
+        assignment = self.wave.assignments[part.slot]
+        spec = self.plan.parameters[assignment.parameter]
+        outer = assignment.box(spec)
+        if part.moments:
+            assert spec.companion is not None
+            outer = spec.companion.box_of(assignment.first, assignment.count)
+        start = self.routes.place[part.slot, part.moments]
+        return at(self.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
+
+
+def parts_by_group(flight: Flight, parts: Sequence[Part]) -> dict[int, list[Part]]:
+    """Parts by the index of their parameter group, which has their hyperparameters."""
+    found: dict[int, list[Part]] = {}
+    for part in parts:
+        found.setdefault(flight.plan.parameters[flight.parameter(part)].group, []).append(part)
+    return found
 
 
 def in_words(plan: Plan, wave: Wave, direction: str, dtype: torch.dtype, step: int) -> str:

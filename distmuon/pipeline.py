@@ -12,23 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distmuon.applying import apply_parts
+from distmuon.blending import blend_wave
 from distmuon.comm.buffers import BufferPool
 from distmuon.comm.exchange import Exchange, Transfer
-from distmuon.costing import link_of
-from distmuon.flight import Flight, LocalParameter, at, in_words, packed, read_words, write_words
+from distmuon.flight import Flight, LocalParameter, in_words, packed
 from distmuon.groups import Group
-from distmuon.moments import moments_dtype
 from distmuon.numerics.costs import CostTable
-from distmuon.numerics.orthogonalize import orthogonalize_
-from distmuon.numerics.recipe import choose
 from distmuon.numerics.rows import Team
-from distmuon.numerics.slabs import orthogonalize_slabs_
-from distmuon.numerics.teams import team_recipe
-from distmuon.numerics.update import apply_direction, blend_momentum, lr_scale
-from distmuon.numerics.variants import by_rows, divide_by_moments_, takes_signs
 from distmuon.options import Options
-from distmuon.plan.buckets import Bucket
-from distmuon.plan.matrices import MatrixSpec
+from distmuon.orthogonalizing import orthogonalize_wave
 from distmuon.plan.plan import Plan
 from distmuon.plan.routes import Leg, Part, Routes, route
 from distmuon.plan.schedule import Schedule, schedule
@@ -145,7 +138,16 @@ class Pipeline:
                 current = arriving.popleft()
                 self._unpack(current)
                 begin(self.schedule.begun[number])
-                self._orthogonalize(current, groups)
+                orthogonalize_wave(
+                    current,
+                    groups,
+                    rank=self.rank,
+                    device=self.device,
+                    options=self.options,
+                    table=self.table,
+                    teams=self.teams,
+                    clock=self.clock,
+                )
                 settle(self.schedule.settled[number])
                 self._scatter(current, groups, local)
                 leaving.append((number, current))
@@ -171,7 +173,7 @@ class Pipeline:
         receive = self.pool.take(leg.receive_numel, dtype, self.device)
         kept_numel = sum(part.box.numel for part in routes.kept)
         kept = self.pool.take(kept_numel, dtype, self.device)
-        flight = Flight(wave, routes, kept, Transfer(send, receive))
+        flight = Flight(self.plan, wave, routes, kept, Transfer(send, receive))
         # with nothing to wait for, what is kept is blended straight into the matrices
         whole = leg.receive_numel == 0
         if whole:
@@ -216,37 +218,9 @@ class Pipeline:
     def _blend(
         self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter], *, whole: bool
     ) -> None:
-        routes, wave = flight.routes, flight.wave
-        places: dict[tuple[int, bool], Tensor] = {}
-        for part in routes.kept:
-            places[part.slot, part.moments] = self._view(flight, part) if whole else packed(flight.kept, part)
-        elsewhere = self.plan.sole_owners if self.owner_gradients else {}
-        held = []
-        for part in routes.held:
-            number = wave.assignments[part.slot].parameter
-            if part.moments:
-                out = places.get((part.slot, True)) if part.start is None else packed(flight.gather.send, part)
-                if out is not None:
-                    out.copy_(read_words(local[number], part.box, self._dtype))
-            elif elsewhere.get(number, self.rank) == self.rank:
-                held.append(part)
-        for index, parts in self._by_group(wave, held).items():
-            grads, buffers, outs = [], [], []
-            for part in parts:
-                mine = local[wave.assignments[part.slot].parameter]
-                buffer = at(mine.momentum, part.box, mine.box)
-                buffers.append(buffer)
-                grads.append(torch.zeros_like(buffer) if mine.grad is None else at(mine.grad, part.box, mine.box))
-                outs.append(places.get((part.slot, False)) if part.start is None else packed(flight.gather.send, part))
-            blend_momentum(
-                grads,
-                buffers,
-                outs,
-                momentum=groups[index]["momentum"],
-                nesterov=groups[index]["nesterov"],
-                signs=takes_signs(groups[index]["variant"]),
-                foreach=self._foreach(flight),
-            )
+        owners = self.plan.sole_owners if self.owner_gradients else {}
+        elsewhere = {number for number, owner in owners.items() if owner != self.rank}
+        blend_wave(flight, groups, local, whole=whole, elsewhere=elsewhere, foreach=self._foreach(flight))
 
     def _unpack(self, flight: Flight) -> None:
         """Put whole matrices together from what arrived and what was here."""
@@ -259,55 +233,11 @@ class Pipeline:
             with self.clock.phase("unpack", self.device):
                 flight.matrices = self.pool.take(routes.owned_numel, self._dtype, self.device)
                 for part in routes.gather.receives:
-                    self._view(flight, part).copy_(packed(gather.receive, part))
+                    flight.view(part).copy_(packed(gather.receive, part))
                 for part in routes.kept:
-                    self._view(flight, part).copy_(packed(flight.kept, part))
+                    flight.view(part).copy_(packed(flight.kept, part))
             self.pool.give(flight.kept)
         self.pool.give(gather.receive)
-
-    def _orthogonalize(self, flight: Flight, groups: Sequence[Group]) -> None:
-        assert flight.matrices is not None
-        for bucket, stack in zip(flight.wave.buckets, flight.routes.stacks, strict=True):
-            if stack.count:  # a rank that owns none of it need not even have the group
-                matrices = flight.matrices[stack.start : stack.start + stack.numel]
-                matrices = matrices.view(stack.count, stack.rows, stack.cols)
-                with self.clock.phase("ns", self.device):
-                    self._orthogonalize_stack(matrices, bucket, groups)
-                    if stack.moments:
-                        beside = flight.matrices[stack.end - stack.moments : stack.end]
-                        self._divide_by_moments(matrices, beside, bucket, groups)
-
-    def _orthogonalize_stack(self, matrices: Tensor, bucket: Bucket, groups: Sequence[Group]) -> None:
-        # matrices of one bucket share their iteration, whatever groups they are in
-        mine = next(a for a in bucket.assignments if a.owner == self.rank)
-        group = groups[self.plan.parameters[mine.parameter].group]
-        rows, cols, size = bucket.rows, bucket.cols, bucket.parts
-        request, eps, dtype = self.options.request(group), group["eps"], self.options.ns_dtype
-        if size == 1:
-            recipe = choose(rows, cols, self.device, request, self.table)
-            orthogonalize_(matrices, recipe, eps=eps, dtype=dtype, compile=self.options.compile)
-            return
-        link = link_of(self.table, self.plan.nodes, size)
-        way = team_recipe(rows, cols, self.device, request, size, self.table, link)
-        try:
-            orthogonalize_slabs_(matrices, way, self.teams[size], tall=rows > cols, eps=eps, dtype=dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            name = self.plan.parameters[mine.parameter].name
-            raise RuntimeError(f"the team that owns {name!r} failed: {error}") from error
-
-    def _divide_by_moments(self, matrices: Tensor, beside: Tensor, bucket: Bucket, groups: Sequence[Group]) -> None:
-        """Let the variant act on orthogonalized matrices and on the words of their second moments."""
-        mine = next(a for a in bucket.assignments if a.owner == self.rank)
-        group = groups[self.plan.parameters[mine.parameter].group]
-        # a copy of their own is aligned, as a number takes two words
-        moments = beside.clone().view(moments_dtype(self._dtype)).view(matrices.size(0), -1)
-        rows, cols = matrices.shape[1:]
-        if by_rows(group["variant"]):
-            rows, cols = (1, cols) if group["transposed"] else (rows, 1)
-        divide_by_moments_(matrices, moments.view(-1, rows, cols), beta2=group["muon_beta2"])
-        beside.copy_(moments.view(self._dtype).flatten())
 
     def _scatter(self, flight: Flight, groups: Sequence[Group], local: Mapping[int, LocalParameter]) -> None:
         """Send updates home, the first leg of them, and meanwhile apply those that are at home already."""
@@ -319,7 +249,7 @@ class Pipeline:
             flight.home = self._lower_own(flight.staging, flight)
         else:
             with self.clock.phase("apply", self.device):
-                directions = [self._view(flight, part) for part in routes.updated]
+                directions = [flight.view(part) for part in routes.updated]
                 self._apply(flight, routes.updated, directions, groups, local)
         self._release(flight)
 
@@ -329,7 +259,7 @@ class Pipeline:
         together = self.pool.take(sum(part.box.numel for part in parts), self._dtype, self.device)
         places = together.split([part.box.numel for part in parts])
         for place, part in zip(places, parts, strict=True):
-            place.view(part.box.sizes).copy_(self._view(flight, part))
+            place.view(part.box.sizes).copy_(flight.view(part))
         return staging.lower(together)
 
     def _send(self, flight: Flight) -> tuple[Leg, Transfer] | None:
@@ -341,7 +271,7 @@ class Pipeline:
         receive = self.pool.take(leg.receive_numel, self._dtype, self.device)
         with self.clock.phase("pack", self.device):
             for part in leg.sends:
-                packed(send, part).copy_(self._view(flight, part))
+                packed(send, part).copy_(flight.view(part))
         return leg, self._start(leg, send, receive)
 
     def _release(self, flight: Flight) -> None:
@@ -397,60 +327,8 @@ class Pipeline:
         groups: Sequence[Group],
         local: Mapping[int, LocalParameter],
     ) -> None:
-        wave = flight.wave
-        direction_of = {}
-        matrices = []
-        for part, direction in zip(parts, directions, strict=True):
-            if part.moments:
-                mine = local[wave.assignments[part.slot].parameter]
-                write_words(mine, part.box, direction.to(mine.param.device))
-            else:
-                direction_of[part.slot] = direction
-                matrices.append(part)
-        for (index, matrix), members in self._by_scale(wave, matrices).items():
-            group = groups[index]
-            holders = [local[wave.assignments[part.slot].parameter] for part in members]
-            params = [at(mine.param, part.box, mine.box) for mine, part in zip(holders, members, strict=True)]
-            apply_direction(
-                params,
-                # some parameters of a wave may be on the host, others on the device
-                [direction_of[part.slot].to(param.device) for part, param in zip(members, params, strict=True)],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                scale=lr_scale(group["adjust_lr_fn"], *matrix.logical),
-                foreach=self._foreach(flight),
-                cautious_wd=group["cautious_wd"],
-                exact=not self.options.batched,
-                tall=matrix.rows > matrix.cols,
-            )
-
-    def _by_group(self, wave: Wave, parts: Sequence[Part]) -> dict[int, list[Part]]:
-        """Parts by the index of their parameter group, which has their hyperparameters."""
-        found: dict[int, list[Part]] = {}
-        for part in parts:
-            parameter = wave.assignments[part.slot].parameter
-            found.setdefault(self.plan.parameters[parameter].group, []).append(part)
-        return found
-
-    def _by_scale(self, wave: Wave, parts: Sequence[Part]) -> dict[tuple[int, MatrixSpec], list[Part]]:
-        """Parts by the index of their parameter group and the shape of their matrix, which have their learning rate."""
-        found: dict[tuple[int, MatrixSpec], list[Part]] = {}
-        for part in parts:
-            spec = self.plan.parameters[wave.assignments[part.slot].parameter]
-            found.setdefault((spec.group, spec.matrices.alike), []).append(part)
-        return found
-
-    def _view(self, flight: Flight, part: Part) -> Tensor:
-        """The elements of ``part`` among the owned matrices."""
-        assert flight.matrices is not None
-        assignment = flight.wave.assignments[part.slot]
-        start = flight.routes.place[part.slot, part.moments]
-        spec = self.plan.parameters[assignment.parameter]
-        outer = assignment.box(spec)
-        if part.moments:
-            assert spec.companion is not None
-            outer = spec.companion.box_of(assignment.first, assignment.count)
-        return at(flight.matrices[start : start + outer.numel].view(outer.sizes), part.box, outer)
+        foreach, exact = self._foreach(flight), not self.options.batched
+        apply_parts(flight, parts, directions, groups, local, foreach=foreach, exact=exact)
 
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1
