@@ -3,14 +3,16 @@
     python benchmarks/qk_clip.py --picture docs/qk_clip.png    # about three minutes on one CPU core
 
 A Llama of two layers learns the built-in corpus by Muon at a learning rate at which its attention logits explode,
-without QK-Clip and with it, from the same weights and over the same batches. Then a step's CPU time is measured for
-sequences of several lengths, with recording in every step, in every tenth, and not at all, in turns. Finished parts are
-kept in the output folder, so that the same command goes on after an interruption.
+without QK-Clip and with it, from the same weights and over the same batches. With it, each batch is looked at once more
+after the step, which tells what the update adds to logits from what the next batch does. Then a step's CPU time is
+measured for sequences of several lengths, with recording in every step, in every tenth, and not at all, in turns.
+Finished parts are kept in the output folder, so that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -29,17 +31,19 @@ import distmuon
 from distmuon.pretrain.data import DataConfig, open_corpus
 
 TAU = 100.0
+BOUNDS = (1.0, 1.02, 1.05, 1.1)
 # No logit comes near it, so that it records and never clips
 NEVER = 1e30
-TOKENS, BATCH = 128, 8
-MATRIX_LR, OTHER_LR, WARMUP = 0.2, 3e-3, 60
+TOKENS, BATCH = 64, 16
+OTHER_LR, WARMUP = 3e-3, 60
 
 
 @dataclass
 class Trained:
-    """One run: the largest logit of each step's batch before the step's clip, losses in nats a token."""
+    """One run: the largest logit of each step's batch before the step and after it, losses in nats a token."""
 
     max_logits: list[float]
+    after: list[float]
     losses: list[float]
     validation: float
     clips: float
@@ -55,9 +59,9 @@ class Cost:
     always: float
 
 
-def make_model(vocab_size: int, hidden: int, layers: int, tokens: int) -> nn.Module:
-    """A Llama with heads of 32 dimensions at most, and random weights of seed 0."""
-    torch.manual_seed(0)
+def make_model(vocab_size: int, hidden: int, layers: int, tokens: int, seed: int = 0) -> nn.Module:
+    """A Llama with heads of 32 dimensions at most, and random weights."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -72,20 +76,23 @@ def make_model(vocab_size: int, hidden: int, layers: int, tokens: int) -> nn.Mod
     return model.train()
 
 
-def train(data: Tensor, held_out: Tensor, vocab_size: int, steps: int, tau: float) -> Trained:
+def train(data: Tensor, held_out: Tensor, vocab_size: int, steps: int, lr: float, tau: float, seed: int) -> Trained:
     """Warm up, then go down in a straight line; nothing decays, as decay too keeps logits small."""
-    model = make_model(vocab_size, 64, 2, TOKENS)
+    model = make_model(vocab_size, 64, 2, TOKENS, seed)
+    twin = copy.deepcopy(model)
+    probe = distmuon.attach_qk_clip(twin, tau=NEVER)
     settings: dict[str, Any] = {"weight_decay": 0.0, "adamw_lr": OTHER_LR}
-    optimizer = distmuon.MuonClip(model, MATRIX_LR, tau=tau, **settings)
+    optimizer = distmuon.MuonClip(model, lr, tau=tau, **settings)
     assert optimizer.qk_clip is not None
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    draw = torch.Generator().manual_seed(1)
-    done = Trained([], [], 0.0, 0.0)
+    draw = torch.Generator().manual_seed(seed + 1)
+    done = Trained([], [], [], 0.0, 0.0)
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
         starts = torch.randint(0, len(data) - TOKENS - 1, (BATCH,), generator=draw)
-        loss = loss_of(model, torch.stack([data[at : at + TOKENS + 1] for at in starts.tolist()]))
+        windows = torch.stack([data[at : at + TOKENS + 1] for at in starts.tolist()])
+        loss = loss_of(model, windows)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -94,6 +101,12 @@ def train(data: Tensor, held_out: Tensor, vocab_size: int, steps: int, tau: floa
         done.max_logits.append(metrics["qk_clip/max_logit"])
         done.losses.append(loss.item())
         done.clips = metrics["qk_clip/clips"]
+        if tau != NEVER:
+            twin.load_state_dict(model.state_dict())
+            with torch.no_grad():
+                loss_of(twin, windows)
+            probe.step()
+            done.after.append(probe.metrics()["qk_clip/max_logit"])
     model.eval()
     with torch.no_grad():
         windows = held_out[: 64 * (TOKENS + 1)].view(-1, TOKENS + 1)
@@ -138,6 +151,28 @@ def measure(data: Tensor, vocab_size: int, tokens: int, repeats: int) -> Cost:
     return Cost(tokens, **found)
 
 
+def told(run: Trained) -> str:
+    """A run in words: logits, in what share of steps they were above tau and why, losses."""
+    text = (
+        f"largest logit {max(run.max_logits):.1f}, at the end {run.max_logits[-1]:.1f}; validation loss "
+        f"{run.validation:.4f}, last 50 training losses {statistics.mean(run.losses[-50:]):.4f}"
+    )
+    first = next((step for step, logit in enumerate(run.max_logits) if logit > TAU), len(run.max_logits))
+    before, after = run.max_logits[first:], run.after[first:]
+    if len(after) < 2:
+        return text
+    shares = ", ".join(
+        f"{sum(logit > bound * TAU for logit in before) / len(before):.1%} above {bound} tau" for bound in BOUNDS
+    )
+    added = [to / min(was, TAU) - 1 for was, to in zip(before, after, strict=True)]
+    between = [to / was - 1 for was, to in zip(after[:-1], before[1:], strict=True)]
+    return (
+        f"{text}; {run.clips:.0f} clips of heads; from step {first + 1} on {shares}; of the same batch after update "
+        f"and clip at most {max(after):.1f}, as the update adds {statistics.median(added):+.2%} (median) and at most "
+        f"{max(added):+.1%}; from there to the next batch {min(between):+.1%} to {max(between):+.1%}"
+    )
+
+
 def draw_picture(without: Trained, clipped: Trained, path: Path) -> None:
     """Largest logits and losses over steps."""
     import matplotlib
@@ -171,7 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("runs/qk_clip"), help="folder of results")
     parser.add_argument("--picture", type=Path, help="file to draw")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--lr", type=float, default=0.1, help="of the matrices, at its peak")
+    parser.add_argument("--seeds", type=int, default=1, help="of weights and batches; the picture is of the first")
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024])
     parser.add_argument("--repeats", type=int, default=6)
     options = parser.parse_args()
@@ -179,17 +216,12 @@ def main() -> None:
     corpus = open_corpus(DataConfig(sequence_length=TOKENS))
     data, held_out = (torch.from_numpy(part.slice(0, len(part)).astype("int64")) for part in (corpus.train, corpus.val))
     runs = {}
-    for name, tau in (("without", NEVER), ("clipped", TAU)):
-        path = options.output / f"{name}-{options.steps}.json"
-        make = partial(train, data, held_out, corpus.vocab_size, options.steps, tau)
-        runs[name] = Trained(**kept(path, make))
-        run = runs[name]
-        print(
-            f"{name}: largest logit {max(run.max_logits):.0f}, at the end {run.max_logits[-1]:.1f}; above 1.05 tau in "
-            f"{sum(logit > 1.05 * TAU for logit in run.max_logits)} of {len(run.max_logits)} steps; validation loss "
-            f"{run.validation:.3f}, last 50 training losses {statistics.mean(run.losses[-50:]):.3f}; heads clipped "
-            f"{run.clips:.0f} times"
-        )
+    for seed in range(options.seeds):
+        for name, tau in (("without", NEVER), ("clipped", TAU)):
+            path = options.output / f"{name}-lr{options.lr:g}-{options.steps}-seed{seed}.json"
+            make = partial(train, data, held_out, corpus.vocab_size, options.steps, options.lr, tau, seed)
+            runs[name, seed] = Trained(**kept(path, make))
+            print(f"{name}, seed {seed}: {told(runs[name, seed])}")
     print("| tokens of a sequence | step, ms of CPU time | recorded every tenth | recorded always |\n|---|---|---|---|")
     for tokens in options.lengths:
         path = options.output / f"cost-{tokens}-{options.repeats}.json"
@@ -197,7 +229,7 @@ def main() -> None:
         shares = [100 * (spent / cost.off - 1) for spent in (cost.every_tenth, cost.always)]
         print(f"| {tokens} | {cost.off:.0f} | {shares[0]:+.1f}% | {shares[1]:+.1f}% |")
     if options.picture is not None:
-        draw_picture(runs["without"], runs["clipped"], options.picture)
+        draw_picture(runs["without", 0], runs["clipped", 0], options.picture)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import matrix_families  # noqa: E402
 import momenta  # noqa: E402
 import orthogonalize  # noqa: E402
 import orthogonalize_contenders as ways  # noqa: E402
+import qk_clip  # noqa: E402
 import step_time  # noqa: E402
 import step_time_contenders as contenders  # noqa: E402
 import step_time_probes as probes  # noqa: E402
@@ -749,3 +750,25 @@ def test_overlap_between_two_hosts(tmp_path):
         for spans in rank["spans"].values():
             assert {name for name, _, _ in spans} >= {"distmuon/ns", "distmuon/wait", "gloo:all_to_all"}
     assert (tmp_path / "overlap.png").stat().st_size > 10_000
+
+
+def test_what_an_update_adds_to_logits_is_told_apart_from_other_batches():
+    run = qk_clip.Trained([50.0, 200.0, 104.0, 90.0], [51.0, 103.0, 101.0, 90.0], [3.0, 2.0], 2.5, 7.0)
+    told = qk_clip.told(run)
+    assert "largest logit 200.0, at the end 90.0; validation loss 2.5000, last 50 training losses 2.5000" in told
+    assert "from step 2 on 66.7% above 1.0 tau, 66.7% above 1.02 tau, 33.3% above 1.05 tau, 33.3% above 1.1 tau" in told
+    # 100 to 103, 100 to 101 and 90 to 90; 103 to 104 and 101 to 90
+    assert "at most 103.0, as the update adds +1.00% (median) and at most +3.0%" in told
+    assert told.endswith("to the next batch -10.9% to +1.0%")
+    assert "clips" not in qk_clip.told(dataclasses.replace(run, after=[]))
+
+
+def test_a_batch_is_looked_at_again_after_the_clip(monkeypatch):
+    """Without learning rates the clip is all that a step does, and brings the same batch to the bound."""
+    monkeypatch.setattr(qk_clip, "OTHER_LR", 0.0)
+    data = torch.randint(0, 200, (5000,))
+    runs = [qk_clip.train(data, data, 200, 3, 0.0, tau, 0) for tau in (qk_clip.NEVER, 0.01)]
+    assert runs[0].after == [] and runs[0].clips == 0 and min(runs[0].max_logits) > 0.01
+    assert runs[1].max_logits[0] == runs[0].max_logits[0]
+    # not exactly: what the second layer sees changes with the first
+    assert runs[1].after == pytest.approx([0.01] * 3, rel=0.05)
