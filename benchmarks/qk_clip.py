@@ -155,7 +155,8 @@ def told(run: Trained) -> str:
     """A run in words: logits, in what share of steps they were above tau and why, losses."""
     text = (
         f"largest logit {max(run.max_logits):.1f}, in the last 100 steps {max(run.max_logits[-100:]):.1f}, at the end "
-        f"{run.max_logits[-1]:.1f}; validation loss {run.validation:.4f}, last 50 training losses {statistics.mean(run.losses[-50:]):.4f}"
+        f"{run.max_logits[-1]:.1f}; validation loss {run.validation:.4f}, last 50 training losses "
+        f"{statistics.mean(run.losses[-50:]):.4f}"
     )
     first = next((step for step, logit in enumerate(run.max_logits) if logit > TAU), len(run.max_logits))
     before, after = run.max_logits[first:], run.after[first:]
