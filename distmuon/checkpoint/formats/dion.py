@@ -90,8 +90,9 @@ class Dion:
             for key, harmless in (("cautious_wd", False), ("num_heads", 1), ("split_sizes", None)):
                 if found.get(key) not in (None, harmless) and not (key == "cautious_wd" and not found["weight_decay"]):
                     raise ValueError(
-                        f"parameter {group.names[0]!r} has {key}={found[key]!r}, and distmuon.Muon has no such step: "
-                        "its state would go on as another optimizer's."
+                        f"parameter {group.names[0]!r} has {key}={found[key]!r}, which is not carried over: give that "
+                        f"group key to the optimizer that loads the state, and set it to {harmless!r} in the state "
+                        "dict first."
                     )
             entries.extend(_read_muon(group) if found["algorithm"] == "muon" else _read_adamw(group))
         return entries
