@@ -755,8 +755,8 @@ def test_overlap_between_two_hosts(tmp_path):
 def test_what_an_update_adds_to_logits_is_told_apart_from_other_batches():
     run = qk_clip.Trained([50.0, 200.0, 104.0, 90.0], [51.0, 103.0, 101.0, 90.0], [3.0, 2.0], 2.5, 7.0)
     told = qk_clip.told(run)
-    assert told.startswith("largest logit 200.0, in the last 100 steps 200.0, at the end 90.0; validation loss 2.5000, ")
-    assert "last 50 training losses 2.5000" in told
+    assert told.startswith("largest logit 200.0, in the last 100 steps 200.0, at the end 90.0; ")
+    assert "validation loss 2.5000, last 50 training losses 2.5000" in told
     assert "from step 2 on 66.7% above 1.0 tau, 66.7% above 1.02 tau, 33.3% above 1.05 tau, 33.3% above 1.1 tau" in told
     # 100 to 103, 100 to 101 and 90 to 90; 103 to 104 and 101 to 90
     assert "at most 103.0, as the update adds +1.00% (median) and at most +3.0%" in told
