@@ -20,6 +20,7 @@ def apply_parts(
     groups: Sequence[Group],
     local: Mapping[int, LocalParameter],
     *,
+    ratios: Mapping[int, float],
     foreach: bool,
     exact: bool,
 ) -> None:
@@ -31,6 +32,7 @@ def apply_parts(
         directions: Of each part.
         groups: All parameter groups of the optimizer.
         local: What this rank stores, by place in the plan; written.
+        ratios: Factors on the rates of groups that have one, by index.
         foreach: See :mod:`distmuon.numerics.elementwise`.
         exact: Round as torch.optim.Muon does.
     """
@@ -51,7 +53,7 @@ def apply_parts(
             [direction_of[part.slot] for part in members],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            scale=lr_scale(group["adjust_lr_fn"], *matrix.logical),
+            scale=lr_scale(group["adjust_lr_fn"], *matrix.logical) * ratios.get(index, 1.0),
             foreach=foreach,
             cautious_wd=group["cautious_wd"],
             exact=exact,

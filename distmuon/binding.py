@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,18 +24,19 @@ from distmuon.comm.group import (
     host,
     mesh_ranks,
     own_rank,
-    prefers_all_gather,
     warm_up,
 )
 from distmuon.comm.layout import as_dtensor, read_layout
-from distmuon.comm.team import form_teams
 from distmuon.comm.verify import VerifiedExchange
-from distmuon.costing import block_spec, owner_cost, pace_of
+from distmuon.costing import owner_cost
+from distmuon.courses import Course, Planner
 from distmuon.facts import (
+    Entry,
     Fact,
     Key,
     Said,
     compare_settings,
+    compare_steps,
     compare_versions,
     cut_sums,
     merge,
@@ -44,22 +44,20 @@ from distmuon.facts import (
     nodes_of,
 )
 from distmuon.groups import Group, group_names
-from distmuon.moments import blank_moments, moments_dtype, moments_in, words
+from distmuon.moments import blank_moments, moments_dtype, moments_in
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
 from distmuon.numerics.recipe import Request
 from distmuon.numerics.variants import has_moments
 from distmuon.options import Options
+from distmuon.periods import advance, counted
 from distmuon.pipeline import Pipeline
-from distmuon.plan.blocks import Block, Placing, blocks_of
+from distmuon.plan.blocks import Block, blocks_of, row_blocks
 from distmuon.plan.boxes import Box
-from distmuon.plan.companions import Companion, Companions, Moments
+from distmuon.plan.companions import Moments
 from distmuon.plan.nodes import Nodes, one_node
-from distmuon.plan.pace import plan_step
-from distmuon.plan.parameters import Holding, ParameterSpec
-from distmuon.plan.plan import Plan
+from distmuon.plan.parameters import Holding
 from distmuon.plan.reading import READING_KEYS, Reading
-from distmuon.plan.simulate import GLOO, NCCL
 from distmuon.plan.sums import CutSum
 from distmuon.staging import Staging
 from distmuon.stats import StepClock
@@ -84,41 +82,50 @@ _COMPARED = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A parameter of this rank, and what it says of it."""
-
-    param: Tensor
-    fact: Fact
-
-
 @dataclass
 class Part:
     """The parameters that the same ranks step together, or that this rank steps alone.
 
     Attributes:
-        pipeline: Runs the matrices among them.
+        planner: Makes its plans.
+        whole: The course of steps in which all matrices are whole.
         keys: All parameters, those of other ranks too, in the order in which they are agreed on.
         shards: For each key, by global rank: a number that is equal for ranks that store the same elements.
         entries: This rank's parameters by place in ``keys``.
-        planned: For each parameter of the plan its place in ``keys``.
-        blocks: For each parameter of the plan what it is of the parameter in ``keys``.
-        matrices: This rank's parameters on Muon, by place in the plan.
         group: The process group; None where this rank is alone.
         active: With ``static_grads``: which keys take part, once that is known.
         sums: For places in ``keys`` that have an ``lmo``: what its norms need of other ranks, where they do.
+        latest: The course that was asked for last.
     """
 
-    pipeline: Pipeline
+    planner: Planner
+    whole: Course
     keys: tuple[Key, ...]
     shards: tuple[dict[int, int], ...]
     entries: dict[int, Entry]
-    planned: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    matrices: dict[int, Entry]
     group: ProcessGroup | None
     active: tuple[bool, ...] | None = None
     sums: dict[int, CutSum] = field(default_factory=dict)
+    _courses: dict[frozenset[int], Course] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.latest = self._courses[frozenset()] = self.whole
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """That of whole matrices."""
+        return self.whole.pipeline
+
+    def course(self, in_blocks: frozenset[int]) -> Course:
+        """What runs a step; all ranks call this together the first time, with the same groups.
+
+        Args:
+            in_blocks: Groups whose matrices are orthogonalized in blocks, by index.
+        """
+        if in_blocks not in self._courses:
+            self._courses[in_blocks] = self.planner.plan_together(in_blocks)
+        self.latest = self._courses[in_blocks]
+        return self.latest
 
 
 @dataclass
@@ -131,15 +138,22 @@ class Binding:
 
     parts: list[Part]
     _seen: list[tuple[list[Tensor], list[Any]]] = field(default_factory=list)
+    _counted: dict[str, str] = field(default_factory=dict)
 
     def fits(self, groups: Sequence[Group]) -> bool:
-        """Whether the groups still hold the parameters that were bound."""
-        return len(self._seen) == len(groups) and all(
+        """Whether the groups still hold the parameters that were bound, and count steps from where they were."""
+        same = len(self._seen) == len(groups) and all(
             settings == _bound_settings(group)
             and len(params) == len(group["params"])
             and all(old is new for old, new in zip(params, group["params"], strict=True))
             for (params, settings), group in zip(self._seen, groups, strict=True)
         )
+        return same and self._counted == counted(groups)
+
+    def advance(self, groups: Sequence[Group]) -> None:
+        """Count a step that was made."""
+        advance(groups)
+        self._counted = counted(groups)
 
 
 def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: StepClock) -> Binding:
@@ -165,9 +179,9 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
         error = raised
     meshes = [*_meshes(groups), *([] if mesh is None else [mesh])]
     ranks = common_ranks({mesh_ranks(known) for known in meshes}) if distributed() else ()
-    parts = []
+    parts, steps = [], counted(groups)
     if ranks:
-        parts.append(_shared(entries, error, ranks, meshes, options, clock))
+        parts.append(_shared(entries, error, ranks, meshes, options, clock, steps))
     elif error is not None:
         raise error
     alone = [entry for entry in entries if len(entry.fact.layout.ranks) == 1]
@@ -178,7 +192,7 @@ def bind(groups: Sequence[Group], options: Options, mesh: Mesh | None, clock: St
         table = options.table(device)
         nodes = one_node((own_rank(),))
         parts.append(_part(alone, facts, nodes, LocalExchange(), device, None, options, table, clock))
-    return Binding(parts, [(list(group["params"]), _bound_settings(group)) for group in groups])
+    return Binding(parts, [(list(group["params"]), _bound_settings(group)) for group in groups], steps)
 
 
 def check_stages(groups: Sequence[Group], mesh: Mesh | None, stages: ProcessGroup | None) -> None:
@@ -207,6 +221,7 @@ def _bound_settings(group: Group) -> list[Any]:
     """What a plan depends on: matrices of one bucket share their iteration, and ``model.to`` moves parameters."""
     tensors = [(param.dtype, param.device) for param in group["params"]]
     keys = ("use_muon", "lmo", *READING_KEYS, "ns_coefficients", "ns_steps", "eps", "variant", "muon_beta2")
+    keys += ("block_period", "blocks")
     return [tensors, *(group[key] for key in keys)]
 
 
@@ -217,6 +232,7 @@ def _shared(
     meshes: Sequence[Mesh],
     options: Options,
     clock: StepClock,
+    steps: dict[str, str],
 ) -> Part:
     """Exchange facts with the other ranks, and plan; whatever goes wrong anywhere is raised everywhere."""
     group = group_of(ranks, meshes)
@@ -229,12 +245,13 @@ def _shared(
     mine = [entry for entry in entries if len(entry.fact.layout.ranks) > 1]
     settings = repr(tuple(getattr(options, key) for key in _COMPARED))
     table, hardware = options.table(device), device_class(device)
-    said = Said(code_version(), settings, table, host(), hardware, [entry.fact for entry in mine])
+    said = Said(code_version(), settings, table, host(), hardware, [entry.fact for entry in mine], steps)
     told: list[Said] = from_every_rank(said, group)
     part: Part | None = None
     try:
         compare_versions(ranks, [theirs.version for theirs in told])
         compare_settings(_COMPARED, ranks, [theirs.settings for theirs in told])
+        compare_steps(ranks, [theirs.steps for theirs in told])
         facts = {rank: theirs.facts for rank, theirs in zip(ranks, told, strict=True)}
         nodes = nodes_of(ranks, [theirs.host for theirs in told])
         alike = len({theirs.hardware for theirs in told}) == 1
@@ -251,9 +268,8 @@ def _shared(
         error = raised
     raise_on_all(group, error)
     assert part is not None, "an error was raised on all ranks"
-    _compare_digests(group, ranks, part.pipeline.plan)
     warm_up(group, device)
-    part.pipeline.teams = form_teams(part.pipeline.plan.teams, group, device)
+    part.planner.meet(part.whole)
     return part
 
 
@@ -270,48 +286,12 @@ def _part(
     alike: bool = True,
 ) -> Part:
     merged, moments = merge(facts), moment_holdings(facts)
-    companions = Companions(words(options.wire_dtype))
-    keys = tuple(merged)
-    specs, planned, blocks = [], [], []
-    placing = Placing()
-    for number, (holdings, fact) in enumerate(merged.values()):
-        if fact.use_muon:
-            beside = functools.partial(_companion, companions, fact, moments.get(fact.key, ()))
-            for spec, block in _specs(holdings, fact, placing, options, table, device, nodes, alike, beside):
-                specs.append(spec)
-                blocks.append(block)
-                planned.append(number)
-    all_gather = group is not None and prefers_all_gather(group, device)
-    pace = pace_of(table, device, options.wire_dtype.itemsize, NCCL if all_gather else GLOO)
-    plan = plan_step(specs, ranks=tuple(facts), nodes=nodes, bucket_bytes=options.bucket_bytes, pace=pace)
     by_key = {entry.fact.key: entry for entry in mine}
-    entries = {number: by_key[key] for number, key in enumerate(keys) if key in by_key}
-    rank = own_rank()
-    return Part(
-        pipeline=Pipeline(
-            plan=plan,
-            rank=rank,
-            exchange=exchange,
-            device=device,
-            options=options,
-            table=table,
-            all_gather=all_gather,
-            clock=clock,
-            staging=Staging.of(device) if _offloaded(mine, device) else None,
-        ),
-        keys=keys,
-        shards=tuple(_shard_numbers(holdings) for holdings, _ in merged.values()),
-        entries=entries,
-        planned=tuple(planned),
-        blocks=tuple(blocks),
-        matrices={
-            place: entries[number]
-            for place, (number, spec) in enumerate(zip(planned, specs, strict=True))
-            if number in entries and any(holding.rank == rank for holding in spec.holdings)
-        },
-        group=group,
-        sums=cut_sums(merged),
-    )
+    entries = {number: by_key[key] for number, key in enumerate(merged) if key in by_key}
+    staging = Staging.of(device) if _offloaded(mine, device) else None
+    planner = Planner(merged, moments, entries, nodes, exchange, device, group, options, table, clock, alike, staging)
+    shards = tuple(_shard_numbers(holdings) for holdings, _ in merged.values())
+    return Part(planner, planner.plan(), tuple(merged), shards, entries, group, sums=cut_sums(merged))
 
 
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
@@ -334,12 +314,16 @@ def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> It
         settings += f", cautious_wd={group['cautious_wd']}"
         for name, param in zip(group_names(group, f"group {index}"), group["params"], strict=True):
             layout = read_layout(name, param, mesh)
-            costs: tuple[int, ...] = ()
             reading = Reading.of(group)
+            fact = Fact(name, index, use_muon, reading, iteration, request, settings, (), layout, lmo=group["lmo"])
             if request is not None:
                 device = compute_device(_meshes_of([param]), torch.device(layout.device))
-                costs = _nanoseconds(name, layout.shape, reading, request, options, device)
-            fact = Fact(name, index, use_muon, reading, iteration, request, settings, costs, layout, lmo=group["lmo"])
+                costs = _nanoseconds(blocks_of(name, layout.shape, reading), request, options, device)
+                fact = dataclasses.replace(fact, costs=costs)
+                if group["block_period"] > 1:
+                    parts = row_blocks(name, layout.shape, reading, group["blocks"])
+                    costs = _nanoseconds(parts, request, options, device)
+                    fact = dataclasses.replace(fact, blocks=group["blocks"], costs_between=costs)
             yield Entry(param, _with_moments(fact, moments_in(group, param), param, options, mesh))
 
 
@@ -352,21 +336,9 @@ def _with_moments(fact: Fact, moments: Moments | None, param: Tensor, options: O
     return dataclasses.replace(fact, moments=moments, moments_layout=layout)
 
 
-def _companion(
-    companions: Companions, fact: Fact, moments: Sequence[Holding], block: Block, held: Sequence[Holding]
-) -> Companion | None:
-    """The second moments of a block on the ranks that share it."""
-    if fact.moments is None:
-        return None
-    ranks = {holding.rank for holding in held}
-    return companions.of(fact.moments, block, [holding for holding in moments if holding.rank in ranks])
-
-
-def _nanoseconds(
-    name: str, shape: tuple[int, ...], reading: Reading, request: Request, options: Options, device: torch.device
-) -> tuple[int, ...]:
+def _nanoseconds(blocks: Sequence[Block], request: Request, options: Options, device: torch.device) -> tuple[int, ...]:
     """Predicted time of one matrix of each block of a parameter."""
-    specs = [block.matrices for block in blocks_of(name, shape, reading)]
+    specs = [block.matrices for block in blocks]
     return tuple(owner_cost(spec.rows, spec.cols, device, request, options.table(device)) for spec in specs)
 
 
@@ -387,60 +359,6 @@ def _meshes_of(params: Iterable[Tensor]) -> Iterator[Mesh]:
         if dtensor is not None and id(dtensor.device_mesh) not in seen:
             seen.add(id(dtensor.device_mesh))
             yield dtensor.device_mesh
-
-
-def _compare_digests(group: ProcessGroup, ranks: Sequence[int], plan: Plan) -> None:
-    """Plans are made from the same facts, so they differ only between different versions of this package."""
-    digests = from_every_rank(plan.digest(), group)
-    if len(set(digests)) == 1:
-        return
-    # every rank has the same digests, so all ask for more or none
-    details = from_every_rank([(spec.name, spec.digest()) for spec in plan.parameters], group)
-    other = next(number for number, digest in enumerate(digests) if digest != digests[0])
-    differing = [a for a, b in zip(details[0], details[other], strict=False) if a != b]
-    first = f"parameter {differing[0][0]!r}" if differing else "the owners"
-    raise ValueError(
-        f"the plans of ranks {ranks[0]} and {ranks[other]} differ, first in {first}: run the same version of distmuon "
-        "on every rank."
-    )
-
-
-def _specs(
-    holdings: Sequence[Holding],
-    fact: Fact,
-    placing: Placing,
-    options: Options,
-    table: CostTable,
-    device: torch.device,
-    nodes: Nodes,
-    alike: bool,
-    beside: Callable[[Block, Sequence[Holding]], Companion | None],
-) -> Iterator[tuple[ParameterSpec, Block]]:
-    """What a plan is made of; ranks that are not ``alike`` would predict other costs, and take each other's word."""
-    assert fact.request is not None
-    layout = fact.layout
-    # ranks have devices of other numbers, and one plan
-    kind = torch.device(device.type)
-    blocks = blocks_of(fact.name, layout.shape, fact.reading)
-    by_replica: dict[tuple[int, ...], list[Holding]] = {}
-    for holding in sorted(holdings, key=lambda holding: holding.rank):
-        # an update that each replica computes for itself is that of a parameter of its own
-        by_replica.setdefault(holding.replica if options.replicas == "repeat" else (), []).append(holding)
-    for members in by_replica.values():
-        for number, block, held in placing.place(fact.name, blocks, tuple(members)):
-            spec = block_spec(
-                block,
-                held,
-                group=fact.group,
-                kind=f"{layout.device} {layout.dtype} {fact.iteration}",
-                device=kind,
-                request=fact.request,
-                table=table,
-                nodes=nodes if options.teams else None,
-                cost=None if alike else fact.costs[number],
-                companion=beside(block, held),
-            )
-            yield spec, block
 
 
 def _shard_numbers(holdings: Sequence[Holding]) -> dict[int, int]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torch import Tensor
+
 from distmuon.comm.layout import LocalLayout
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.lmo import norm_axes
@@ -37,6 +39,8 @@ class Fact:
         moments: Its second moments.
         moments_layout: Where these lie.
         lmo: In which norm its step is of unit size; None on Muon and AdamW.
+        blocks: How many parts of its rows are orthogonalized by themselves in some steps; 1: none.
+        costs_between: As ``costs``, of the blocks of these steps.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Fact:
     moments: Moments | None = None
     moments_layout: LocalLayout | None = None
     lmo: str | None = None
+    blocks: int = 1
+    costs_between: tuple[int, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -66,6 +72,14 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A parameter of this rank, and what it says of it."""
+
+    param: Tensor
+    fact: Fact
+
+
+@dataclass(frozen=True)
 class Said:
     """What one rank tells all others when they plan.
 
@@ -76,6 +90,7 @@ class Said:
         host: What ranks of its node have in common.
         hardware: The class of its device.
         facts: Of its parameters.
+        steps: Of its groups whose matrices are whole in some steps only, by label: :func:`distmuon.periods.counted`.
     """
 
     version: str
@@ -84,6 +99,7 @@ class Said:
     host: str
     hardware: str
     facts: list[Fact]
+    steps: dict[str, str]
 
 
 def merge(facts: Mapping[int, Sequence[Fact]]) -> dict[Key, tuple[list[Holding], Fact]]:
@@ -185,6 +201,28 @@ def compare_settings(names: Sequence[str], ranks: Sequence[int], settings: Seque
             raise ValueError(
                 f"({', '.join(names)}) are "
                 f"{settings[0]} on rank {ranks[0]} and {theirs} on rank {rank}: pass the same on every rank."
+            )
+
+
+def compare_steps(ranks: Sequence[int], told: Sequence[Mapping[str, str]]) -> None:
+    """Refuse ranks that do not orthogonalize whole matrices in the same steps.
+
+    Args:
+        ranks: Who tells.
+        told: Where each is in the periods of its groups.
+
+    Raises:
+        ValueError: naming the group, and the ranks by where they are.
+    """
+    for label in dict.fromkeys(label for theirs in told for label in theirs):
+        found: dict[str, list[int]] = {}
+        for rank, theirs in zip(ranks, told, strict=True):
+            found.setdefault(theirs.get(label, "no block_period"), []).append(rank)
+        if len(found) > 1:
+            where = " and ".join(f"{text} on ranks {members}" for text, members in found.items())
+            raise ValueError(
+                f"{label} has {where}, so that whole matrices would be due in other steps: load the same state dict on "
+                "every rank, and build the same groups."
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from distmuon.comm.layout import check_parameter
-from distmuon.matrices import Matrices, blocks_in, unclear_axes
+from distmuon.matrices import Matrices, blocks_between, blocks_in, unclear_axes
 from distmuon.numerics.lmo import norm_axes
 from distmuon.numerics.update import resolve_lr_scale
 from distmuon.options import Options
@@ -34,6 +34,7 @@ GROUP_KEYS = (
     "eps",
     "adjust_lr_fn",
     *FAMILY_KEYS,
+    "block_step",
     *READING_KEYS,
     "betas",
     "lmo",
@@ -220,6 +221,8 @@ def check_group(group: Group, label: str, options: Options) -> None:
         check_parameter(name, param)
         if group["use_muon"]:
             blocks_in(group, name, param)
+            if group["block_period"] > 1:
+                blocks_between(group, name, param)
         elif group["lmo"] is not None:
             _check_lmo(group, label, name, param.ndim)
 

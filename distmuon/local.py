@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distmuon.binding import Part
 from distmuon.comm.layout import local_gradient, local_tensor
+from distmuon.courses import Course
 from distmuon.flight import LocalParameter
 from distmuon.moments import STATE_KEY
 from distmuon.plan.blocks import Block
@@ -18,22 +18,22 @@ from distmuon.plan.companions import Companion
 
 
 def local_blocks(
-    part: Part, active: Sequence[bool], state: Mapping[Tensor, Mapping[str, Any]]
+    course: Course, active: Sequence[bool], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[int, LocalParameter]:
-    """The plain tensors that a step of a part reads and writes, by place in the plan.
+    """The plain tensors that a course reads and writes, by place in the plan.
 
     Ranks whose gradients are in other placements than their parameters call this together.
 
     Args:
-        part: Some of the optimizer's parameters.
-        active: Which of its parameters take part.
+        course: A plan of some of the optimizer's parameters.
+        active: Which of these take part.
         state: Of the optimizer.
     """
     # a parameter of many blocks is looked at once, as its gradient may have to be redistributed
     whole: dict[int, LocalParameter] = {}
     local = {}
-    for place, entry in part.matrices.items():
-        number = part.planned[place]
+    for place, entry in course.matrices.items():
+        number = course.planned[place]
         if active[number]:
             if number not in whole:
                 whole[number] = LocalParameter(
@@ -42,8 +42,8 @@ def local_blocks(
                     grad=local_gradient(entry.param),
                     momentum=local_tensor(state[entry.param]["momentum_buffer"]),
                 )
-            mine = _block_of(whole[number], part.blocks[place])
-            companion = part.pipeline.plan.parameters[place].companion
+            mine = _block_of(whole[number], course.blocks[place])
+            companion = course.pipeline.plan.parameters[place].companion
             if companion is not None:
                 assert entry.fact.moments_layout is not None
                 moments = local_tensor(state[entry.param][STATE_KEY])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from distmuon.plan.blocks import Block, blocks_of
+from distmuon.plan.blocks import Block, blocks_of, row_blocks
 from distmuon.plan.reading import READING_KEYS, Reading
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ def blocks_in(group: Mapping[str, Any], name: str, param: Tensor) -> tuple[Block
         ValueError: as :class:`~distmuon.plan.reading.Reading` and :func:`~distmuon.plan.blocks.blocks_of`.
     """
     return blocks_of(name, tuple(param.shape), Reading.of(group))
+
+
+def blocks_between(group: Mapping[str, Any], name: str, param: Tensor) -> tuple[Block, ...]:
+    """The blocks of a parameter on Muon between whole steps of ``block_period``.
+
+    Raises:
+        ValueError: as :func:`~distmuon.plan.blocks.row_blocks`.
+    """
+    return row_blocks(name, tuple(param.shape), Reading.of(group), group["blocks"])
 
 
 def declare(

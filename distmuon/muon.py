@@ -45,6 +45,7 @@ from distmuon.numerics.costs import CostTable
 from distmuon.numerics.recipe import Coefficients
 from distmuon.options import Options
 from distmuon.participation import Turn, agree_on_turns
+from distmuon.periods import in_blocks, refuse_owner_gradients
 from distmuon.plan.reading import WHOLE
 from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.rest import complete_state, create_state, follow_parameters, step_adamw
@@ -253,6 +254,7 @@ class Muon(Optimizer):
             "block_period": block_period,
             "blocks": blocks,
             "block_lr_ratio": block_lr_ratio,
+            "block_step": 0,
             "betas": adamw_betas,
             "lmo": None,
             **WHOLE.keys,
@@ -340,13 +342,16 @@ class Muon(Optimizer):
             logger.warning("a step is left out: NaN or an infinity in the gradient of %s", error.found)
             return False
         self._warn_of_no_gradients(turns)
+        cut = in_blocks(self.param_groups)
         for turn in turns:
             create_state(turn, self.param_groups, self.state, self._options)
             if not turn.idle:
-                self._step_matrices(turn)
+                self._step_matrices(turn, cut)
                 with self._clock.phase("adamw", turn.part.pipeline.device):
                     step_adamw(turn, self.param_groups, self.state, self._options)
                     step_units(turn, self.param_groups, self.state)
+        if self._binding is not None and not all(turn.idle for turn in turns):
+            self._binding.advance(self.param_groups)
         return True
 
     @property
@@ -363,7 +368,7 @@ class Muon(Optimizer):
         found: dict[Tensor, int] = {}
         for part in self._binding.parts if self._binding is not None else ():
             for place, owner in part.pipeline.plan.sole_owners.items():
-                number = part.planned[place]
+                number = part.whole.planned[place]
                 if number in part.entries:
                     found[part.entries[number].param] = owner
         return found
@@ -377,8 +382,9 @@ class Muon(Optimizer):
             The owners, and the process group that shares the work.
 
         Raises:
-            ValueError: if plain parameters are not shared over a process group.
+            ValueError: if plain parameters are not shared over a process group, or are cut into blocks.
         """
+        refuse_owner_gradients(self.param_groups)
         if self._binding is None or not self._binding.fits(self.param_groups):
             self._rebind()
         assert self._binding is not None
@@ -415,13 +421,14 @@ class Muon(Optimizer):
         """
         if not self._clock.enabled or self._binding is None:
             return {}
-        return step_stats(self._clock, [part.pipeline for part in self._binding.parts])
+        return step_stats(self._clock, [part.latest.pipeline for part in self._binding.parts])
 
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
         State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``step``, ``exp_avg``, ``exp_avg_sq`` for
-        the rest. Where some state or a gradient is there, state that is still missing is made, zeros, so that what
+        the rest. Groups with a ``block_period`` count their steps in ``block_step``. Where some state or a gradient is
+        there, state that is still missing is made, zeros, so that what
         ``torch.distributed.checkpoint`` saves and restores by this is complete.
 
         Raises:
@@ -554,8 +561,8 @@ class Muon(Optimizer):
         if first and logger.isEnabledFor(logging.INFO):
             logger.info("routing\n%s", self.report())
 
-    def _step_matrices(self, turn: Turn) -> None:
-        part, active = turn.part, turn.active
-        local = local_blocks(part, active, self.state)
-        part.pipeline.run(self.param_groups, local, [active[number] for number in part.planned])
-        self._momentum_is_split |= part.pipeline.owner_gradients
+    def _step_matrices(self, turn: Turn, cut: frozenset[int]) -> None:
+        course, active = turn.part.course(cut), turn.active
+        local = local_blocks(course, active, self.state)
+        course.pipeline.run(self.param_groups, local, [active[number] for number in course.planned])
+        self._momentum_is_split |= course.pipeline.owner_gradients

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from distmuon.binding import Binding, Entry, Part
+from distmuon.binding import Binding, Part
 from distmuon.comm.agree import Agreement, agree, check_replicas, raise_nonfinite
 from distmuon.comm.layout import check_gradient, local_tensor
+from distmuon.facts import Entry
 from distmuon.groups import Group, group_names
 from distmuon.numerics.finite import nonfinite
 from distmuon.numerics.update import all_zero
@@ -244,7 +245,7 @@ def _stained_beside(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 def _owned_elsewhere(part: Part) -> set[int]:
     """The parameters, by place in ``keys``, that another rank owns alone."""
     pipeline = part.pipeline
-    return {part.planned[place] for place, owner in pipeline.plan.sole_owners.items() if owner != pipeline.rank}
+    return {part.whole.planned[place] for place, owner in pipeline.plan.sole_owners.items() if owner != pipeline.rank}
 
 
 def _is_zero(lr: float | Tensor, *, read: bool) -> bool:

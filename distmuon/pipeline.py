@@ -51,6 +51,7 @@ class Pipeline:
         bytes_sent: Bytes that left this rank in the last step, padding of an all-gather included.
         owner_gradients: Whether a matrix of one owner has its gradient there alone, so that momentum is kept
             there alone too.
+        in_blocks: Groups whose matrices are blocks of those of whole steps, by index: they have a rate of their own.
     """
 
     plan: Plan
@@ -66,6 +67,7 @@ class Pipeline:
     staging: Staging | None = None
     bytes_sent: int = 0
     owner_gradients: bool = False
+    in_blocks: frozenset[int] = frozenset()
     _routes: dict[tuple[int, tuple[bool, ...]], Routes] = field(default_factory=dict)
 
     @functools.cached_property
@@ -328,7 +330,8 @@ class Pipeline:
         local: Mapping[int, LocalParameter],
     ) -> None:
         foreach, exact = self._foreach(flight), not self.options.batched
-        apply_parts(flight, parts, directions, groups, local, foreach=foreach, exact=exact)
+        ratios = {index: float(groups[index]["block_lr_ratio"]) for index in self.in_blocks}
+        apply_parts(flight, parts, directions, groups, local, ratios=ratios, foreach=foreach, exact=exact)
 
     def _start(self, leg: Leg, send: Tensor, receive: Tensor) -> Transfer:
         copies = 1 if leg.gathered is None else len(self.plan.ranks) - 1

@@ -10,13 +10,13 @@ import torch
 
 from distmuon.groups import Group, group_names
 from distmuon.learning_rates import group_lrs
-from distmuon.matrices import blocks_in, looks_fused
+from distmuon.matrices import blocks_between, blocks_in, looks_fused
 from distmuon.numerics.recipe import choose
 from distmuon.numerics.variants import by_rows, has_moments
 from distmuon.options import Options
 from distmuon.pipeline import Pipeline
 from distmuon.plan.reading import Reading
-from distmuon.plan.words import describe
+from distmuon.plan.words import count_blocks, describe
 from distmuon.presets import Preset
 from distmuon.routing import Route
 
@@ -29,7 +29,8 @@ class RoutingRow:
         name: Its clean name.
         shape: Its global shape.
         matrices: What Muon reads it as, output x input features, such as ``"8 of 768 x 512"`` or
-            ``"768 + 256 + 256 x 768 (rows: q | k | v)"``; empty for AdamW.
+            ``"768 + 256 + 256 x 768 (rows: q | k | v)"``, and with a ``block_period`` the blocks between whole steps;
+            empty for AdamW.
         algorithm: ``"muon"``, ``"adamw"``, the ``lmo`` of its group, or the class of the optimizer that
             :func:`distmuon.wrap` got.
         reason: Which rule decided.
@@ -124,7 +125,10 @@ def _told(group: Group, name: str, param: torch.Tensor, route: Route | None) -> 
     reading = Reading.of(group)
     preset = route.preset if route is not None else None
     labels = preset.labels if preset is not None and reading.split_sizes in _splits(preset) else ()
-    return describe(blocks_in(group, name, param), reading, labels)
+    told = describe(blocks_in(group, name, param), reading, labels)
+    if (period := group["block_period"]) > 1:
+        told += f"; in {period - 1} of {period} steps {count_blocks(blocks_between(group, name, param))}"
+    return told
 
 
 def _splits(preset: Preset) -> tuple[tuple[int, ...] | None, ...]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmuon.binding import Entry
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.comm.sums import add_over_ranks_
+from distmuon.facts import Entry
 from distmuon.groups import Group
 from distmuon.numerics.lmo import squares_along, unit_step, wide_dtype
 from distmuon.numerics.update import apply_direction, blend_momentum

@@ -74,6 +74,9 @@ def _check_blocks(group: Mapping[str, Any], label: str) -> None:
             f"{label} has block_period={period} and does not say into how many blocks a matrix is cut between whole "
             "steps: pass blocks, such as the number of ranks that share its rows."
         )
+    step = group["block_step"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{label} has block_step={step!r}: it is a whole number of 0 or more, the steps made so far.")
 
 
 def _check_range(label: str, key: str, value: Any, *, upper: float) -> None:

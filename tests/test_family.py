@@ -96,9 +96,6 @@ CASES = {
         {"block_period": 5, "blocks": 2, "block_lr_ratio": 0.5},
     ),
 }
-# Cases of which distmuon knows the keys and does not yet do what they say
-NOT_YET = ("muonbp", "muonbp-half")
-BUILT = [name for name in CASES if name not in NOT_YET]
 
 
 def rule_of(case, orthogonalize, *, adjust_lr_fn, **keywords):
@@ -111,7 +108,7 @@ def rule_of(case, orthogonalize, *, adjust_lr_fn, **keywords):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("adjust_lr_fn", SCALES)
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", CASES)
 def test_steps_of_newton_schulz(case, shape, adjust_lr_fn, nesterov):
     """All scales, whose papers have other steps than the default ones."""
     settings = {"ns_coefficients": "quintic", "ns_steps": 5}
@@ -122,7 +119,7 @@ def test_steps_of_newton_schulz(case, shape, adjust_lr_fn, nesterov):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cautious_wd", [False, True])
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", CASES)
 def test_default_coefficients(case, shape, cautious_wd):
     rule = rule_of(case, steps_of(), adjust_lr_fn="match_rms_adamw", nesterov=True, cautious_wd=cautious_wd)
     keywords = {**CASES[case][1], "adjust_lr_fn": "match_rms_adamw", "cautious_wd": cautious_wd}
@@ -131,7 +128,7 @@ def test_default_coefficients(case, shape, cautious_wd):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cautious_wd", [False, True])
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", CASES)
 def test_exact_polar_factor(case, shape, cautious_wd):
     """The paper's formula and nothing else on the other side."""
     rule = rule_of(case, polar, adjust_lr_fn="match_rms_adamw", nesterov=False, cautious_wd=cautious_wd)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distmuon.plan.boxes import Box
+from distmuon.plan.boxes import Box, chunk
 from distmuon.plan.layouts import Holding, Layout, layout_of
 from distmuon.plan.matrices import MatrixSpec, matrix_spec
 from distmuon.plan.reading import Reading
@@ -97,10 +97,7 @@ def blocks_of(name: str, shape: Sequence[int], reading: Reading) -> tuple[Block,
     Raises:
         ValueError: for a shape that does not fit the reading; names the parameter, what it has and what was wanted.
     """
-    dims = tuple(shape)
-    whole = matrix_spec(name, dims, flatten=reading.flatten)
-    if reading.transposed:
-        whole = dataclasses.replace(whole, transposed=True)
+    dims, whole = tuple(shape), _whole(name, shape, reading)
     if reading.split_sizes is None and reading.num_heads is None:
         return (Block(whole, dims),)
     along_rows = reading.split_axis == "rows"
@@ -109,7 +106,7 @@ def blocks_of(name: str, shape: Sequence[int], reading: Reading) -> tuple[Block,
             f"parameter {name!r} of shape {dims} has flatten=True and split_axis='cols', and its columns are input "
             "channels times kernel, which have no blocks: take split_axis='rows', or leave it whole."
         )
-    row_axis = int(len(dims) == 3 and not reading.flatten)
+    row_axis = _row_axis(dims, reading)
     axis = row_axis + int(along_rows == reading.transposed)
     sizes = reading.split_sizes or (dims[axis],)
     if sum(sizes) != dims[axis]:
@@ -119,6 +116,80 @@ def blocks_of(name: str, shape: Sequence[int], reading: Reading) -> tuple[Block,
             f"{sizes}, which sum to {sum(sizes)}: give sizes that sum to {dims[axis]}."
         )
     return tuple(_blocks(whole, dims, row_axis, axis, sizes, reading))
+
+
+def row_blocks(name: str, shape: Sequence[int], reading: Reading, count: int) -> tuple[Block, ...]:
+    """Take a parameter apart into parts of its rows, as MuonBP does between whole steps (arXiv 2510.16981).
+
+    The output features of the parameter are cut into ``count`` parts as :func:`torch.chunk` and FSDP2 cut an axis, and
+    each matrix wherever it reaches from one part into the next. So a block lies in one part, and in one matrix.
+
+    Args:
+        name: Of the parameter.
+        shape: Its global shape.
+        reading: What its axes mean.
+        count: How many parts.
+
+    Returns:
+        Blocks that hold every element once; equal ones of a parameter of two axes may be one stack.
+
+    Raises:
+        ValueError: as :func:`blocks_of`; for matrices that are blocks of columns, and blocks of a single row that was
+            cut off; names the parameter.
+    """
+    dims, matrices = tuple(shape), blocks_of(name, shape, reading)
+    axis = _row_axis(dims, reading) + int(reading.transposed)
+    if any(block.cut is not None and block.cut.axis != axis for block in matrices):
+        raise ValueError(
+            f"parameter {name!r} of shape {dims} has matrices side by side (split_axis='cols'), and block_period cuts "
+            "rows: give it a group with block_period=1."
+        )
+    size = dims[axis]
+    strips = [_strip(dims, axis, *chunk(size, part, count)) for part in range(count)]
+    cuts = []
+    for cut in [block.cut or Cut(axis, 0, size) for block in matrices]:
+        pieces = list(_pieces(cut, strips))
+        if len(dims) == 2 and not cut.head and cut.size == size and size % count == 0:
+            pieces = [Cut(axis, 0, size, head=size // count)]
+        cuts += pieces
+        for piece in pieces:
+            if (piece.head or piece.size) == 1 < (cut.head or cut.size):
+                raise ValueError(
+                    f"parameter {name!r} of shape {dims} has {size} output features, of which blocks={count} cuts off "
+                    f"a single one, {piece.start}: pass fewer blocks, or give it a group with block_period=1."
+                )
+    whole = _whole(name, dims, reading)
+    return tuple(_block(whole, dims, _row_axis(dims, reading), cut) for cut in cuts)
+
+
+def _strip(dims: tuple[int, ...], axis: int, start: int, length: int) -> Box:
+    """Some of one axis of a parameter, and all of the others."""
+    offsets, sizes = [0] * len(dims), list(dims)
+    offsets[axis], sizes[axis] = start, length
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def _pieces(cut: Cut, strips: Sequence[Box]) -> Iterator[Cut]:
+    """A matrix, or a stack of heads, cut where it reaches from one strip into the next."""
+    if any(cut.splits(strip) for strip in strips):
+        for start in range(cut.start, cut.start + cut.size, cut.head):
+            yield from _pieces(Cut(cut.axis, start, cut.head), strips)
+        return
+    for strip in strips:
+        first, size = cut.range(strip)
+        if size:
+            yield dataclasses.replace(cut, start=cut.start + cut.step * first, size=size)
+
+
+def _whole(name: str, shape: Sequence[int], reading: Reading) -> MatrixSpec:
+    """A parameter before it is taken apart."""
+    whole = matrix_spec(name, tuple(shape), flatten=reading.flatten)
+    return dataclasses.replace(whole, transposed=True) if reading.transposed else whole
+
+
+def _row_axis(dims: tuple[int, ...], reading: Reading) -> int:
+    """The axis of the rows of matrices as they are stored."""
+    return int(len(dims) == 3 and not reading.flatten)
 
 
 def _blocks(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from distmuon.plan.blocks import Block
+from distmuon.plan.matrices import MatrixSpec
 from distmuon.plan.reading import Reading
 
 # More blocks than this are told by what repeats
@@ -48,6 +51,14 @@ def describe(blocks: Sequence[Block], reading: Reading, labels: Sequence[str] = 
     if reading.interleaved:
         axis += ", taking turns"
     return f"{text} ({'; '.join([axis, *notes])})"
+
+
+def count_blocks(blocks: Sequence[Block]) -> str:
+    """How many blocks there are of each shape: ``"3 of 64 x 768 + 58 x 768"``."""
+    counts: Counter[MatrixSpec] = Counter()
+    for block in blocks:
+        counts[block.matrices.alike] += block.matrices.count
+    return " + ".join(str(dataclasses.replace(spec, count=count)) for spec, count in counts.items())
 
 
 def _repeated(sizes: tuple[int, ...], labels: int) -> tuple[int, tuple[int, ...]]:

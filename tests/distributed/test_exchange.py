@@ -150,7 +150,7 @@ def test_whole_experts_stay_where_they_are(pools):
 
 def replicated_by(all_gather):
     """Updates after three steps, by an all-gather or an all-to-all, and what that sent."""
-    with mock.patch("distmuon.binding.prefers_all_gather", lambda group, device: all_gather):
+    with mock.patch("distmuon.courses.prefers_all_gather", lambda group, device: all_gather):
         model = model_of([*SHAPES, (5, 7), (3, 9)])
         optimizer = distmuon.Muon(model, lr=0.02, foreach=False, mesh=dist.group.WORLD, bucket_bytes=1 << 14)
         for step in range(3):

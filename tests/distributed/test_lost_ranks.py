@@ -358,7 +358,7 @@ def verified_steps(all_gather, teams, bad, keywords):
     results = []
     if teams:
         keywords = {**keywords, "cost_table": slow_products()}
-    with mock.patch("distmuon.binding.prefers_all_gather", lambda *_: all_gather):
+    with mock.patch("distmuon.courses.prefers_all_gather", lambda *_: all_gather):
         for verify in (False, True):
             torch.manual_seed(0)
             model = nn.Sequential(*[nn.Linear(24, 20, bias=False), nn.Linear(20, 24)])

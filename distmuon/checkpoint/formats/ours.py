@@ -52,6 +52,7 @@ class DistMuon:
                 if (key not in _NOT_MUON if use_muon else key in (_LMO_KEYS if lmo else _ADAMW_KEYS))
                 # what is Muon itself needs no word, as other projects have no key for it
                 and not (key in FAMILY_DEFAULTS and value == FAMILY_DEFAULTS[key])
+                and (key, value) != ("block_step", 0)
             }
             for name, state in zip(group.names, group.states, strict=True):
                 keys = MUON_STATE if use_muon or lmo else ADAMW_STATE
