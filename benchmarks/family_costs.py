@@ -107,8 +107,9 @@ def _measure(request: Request, names: Sequence[str]) -> dict[str, Cost]:
     for name in names:
         try:
             optimizer = MEMBERS[name].build(model.module, RATE)
-            optimizer.step()
-        except Exception as error:  # a library that knows no DTensors raises on all ranks alike
+            for _ in range(MEMBERS[name].period):
+                optimizer.step()
+        except Exception as error:  # a library that knows no DTensor raises on all ranks alike
             found[name].error = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
             optimizers[name] = optimizer
@@ -180,8 +181,9 @@ def share_of_training(names: Sequence[str], rounds: int, width: int = WIDTH) -> 
         return sample
 
     forward_backward()
-    for optimizer in optimizers.values():
-        optimizer.step()
+    for name, optimizer in optimizers.items():
+        for _ in range(MEMBERS[name].period):
+            optimizer.step()
     samples = {"": clocked(forward_backward)}
     samples |= {name: clocked(optimizer.step) for name, optimizer in optimizers.items()}
     times = {name: 1e3 * seconds for name, seconds in medians(samples, rounds).items()}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import distmuon
 
-WEIGHT_DECAY, BETAS = 0.1, (0.9, 0.95)
+WEIGHT_DECAY, BETAS, SOAP_PERIOD = 0.1, (0.9, 0.95), 10
 # of the matrices' updates that stand for AdamW's: where grids begin
 RATES = (1e-2, 2e-2, 4e-2)
 
@@ -59,10 +59,21 @@ def _muon(**settings: Any) -> Member:
     return Member(build, settings, period=settings.get("block_period", 1))
 
 
+def _scion(**settings: Any) -> Member:
+    """The rate is Scion's own, in the radii of the paper's GPT."""
+
+    def build(model: nn.Module, rate: float, **more: Any) -> Optimizer:
+        return distmuon.Scion(model, rate, **settings, **more)
+
+    return Member(build, settings, rates=(2**-12, 2**-11, 2**-10))
+
+
 def _soap(model: nn.Module, rate: float) -> Optimizer:
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), lr=rate, betas=(0.95, 0.95), weight_decay=WEIGHT_DECAY, precondition_frequency=10)
+    return SOAP(
+        model.parameters(), lr=rate, betas=(0.95, 0.95), weight_decay=WEIGHT_DECAY, precondition_frequency=SOAP_PERIOD
+    )
 
 
 REFERENCE = "Moonlight"
@@ -73,7 +84,12 @@ MEMBERS: dict[str, Member] = {
     "Muon, original": _muon(adjust_lr_fn="original"),
     "Muon, spectral": _muon(adjust_lr_fn="spectral"),
     "no Nesterov (MuonClip)": _muon(nesterov=False),
+    "NorMuon": _muon(variant="normuon"),
+    "AdaMuon": _muon(variant="adamuon"),
     "cautious decay": _muon(cautious_wd=True),
-    "SOAP": Member(_soap, rates=(5e-3, 1e-2, 2e-2), package="pytorch_optimizer", ours=False),
+    "MuonBP": _muon(block_period=5, blocks=4),
+    "Scion": _scion(constrained=True),
+    "Scion, unconstrained": _scion(constrained=False),
+    "SOAP": Member(_soap, rates=(5e-3, 1e-2, 2e-2), period=SOAP_PERIOD, package="pytorch_optimizer", ours=False),
 }
-"""By name; all of distmuon but the scales have Moonlight's, ``match_rms_adamw``."""
+"""By name; all of distmuon but the scales and Scion have Moonlight's, ``match_rms_adamw``."""

@@ -48,7 +48,7 @@ def against(found: Outcome, reference: Outcome) -> tuple[float, str]:
 
     Returns:
         Mean loss less that of the reference, and ``"lower"`` or ``"higher"`` where all seeds agree and the difference
-        is more than twice the larger standard deviation over seeds, else ``"within the spread"``; of one seed that.
+        is more than twice the larger standard deviation over seeds, else ``"in the spread"``; of one seed that.
     """
     differences = [loss - other for loss, other in zip(found.losses, reference.losses, strict=True)]
     mean = statistics.fmean(differences)
@@ -57,7 +57,7 @@ def against(found: Outcome, reference: Outcome) -> tuple[float, str]:
     agree = all(difference * mean > 0 for difference in differences)
     if agree and abs(mean) > 2 * max(found.deviation, reference.deviation):
         return mean, "lower" if mean < 0 else "higher"
-    return mean, "within the spread"
+    return mean, "in the spread"
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
@@ -65,16 +65,16 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
     first = outcomes[0].results[0]
     table = Table(
         title=f"{first.parameters:,} parameters, {first.tokens:,} tokens",
-        caption=f"Mean ± standard deviation over {len(outcomes[0].results)} seeds; losses in nats a byte.",
+        caption=f"Nats a byte; mean ± standard deviation over seeds: {len(outcomes[0].results)}.",
         box=box.SIMPLE,
         padding=(0, 1),
     )
     table.add_column("member")
-    for column in ("best rate", "validation loss", f"less {REFERENCE}'s", "which is"):
-        table.add_column(column, justify="right")
+    for column in ("best rate", "validation\nloss", f"less\n{REFERENCE}'s", "which is"):
+        table.add_column(column, justify="right", no_wrap=True)
     reference = next((found for found in outcomes if found.name == REFERENCE), None)
     for found in sorted(outcomes, key=lambda outcome: outcome.mean):
-        rate = f"{found.curve.best_tried:g}" + ("" if found.curve.edge is None else ", at the edge")
+        rate = f"{found.curve.best_tried:.3g}" + ("" if found.curve.edge is None else ", at the edge")
         difference, words = "", ""
         if reference is not None and found is not reference:
             mean, words = against(found, reference)
