@@ -174,3 +174,52 @@ def test_unknown_names_and_values():
             make(**{"variant": "muon", **wrong})
     with pytest.raises(ValueError, match="block_period=3 and does not say into how many blocks"):
         make("muon", block_period=3)
+
+
+GROUPS = [
+    {"variant": "muon"},
+    {"variant": "normuon"},
+    {"variant": "normuon", "muon_beta2": 0.5},
+    {"variant": "normuon", "transposed": True},
+    {"variant": "adamuon"},
+    {"variant": "adamuon", "muon_beta2": 0.5, "transposed": True},
+]
+
+
+def test_groups_of_one_shape_keep_their_own_rules():
+    """Their matrices are orthogonalized alike, and must not be divided alike."""
+
+    def groups(numbers):
+        torch.manual_seed(3)
+        params = [nn.Parameter(torch.randn(5, 5)) for _ in GROUPS]
+        return params, [
+            {"params": [(f"w{n}", params[n])], "use_muon": True, "adjust_lr_fn": "none", **GROUPS[n]} for n in numbers
+        ]
+
+    together, everything = groups(range(len(GROUPS)))
+    optimizers = [distmuon.Muon(everything, lr=0.1)]
+    apart = []
+    for number in range(len(GROUPS)):
+        params, alone = groups([number])
+        apart.append(params[number])
+        optimizers.append(distmuon.Muon(alone, lr=0.1))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for mine, other in zip(together, apart, strict=True):
+            mine.grad = torch.randn(5, 5, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for number, (mine, other) in enumerate(zip(together, apart, strict=True)):
+        assert torch.equal(mine, other), GROUPS[number]
+
+
+def test_a_variant_set_by_hand_acts_from_the_next_step():
+    param = nn.Parameter(torch.randn(4, 6))
+    optimizer = distmuon.Muon([{"params": [("w", param)], "use_muon": True}], lr=0.1)
+    for variant, shape in (("muon", None), ("normuon", (4, 1)), ("adamuon", (4, 6)), ("normuon", (4, 1))):
+        optimizer.param_groups[0]["variant"] = variant
+        param.grad = torch.randn(4, 6)
+        optimizer.step()
+        kept = optimizer.state[param].get(STATE_KEY)
+        assert (None if kept is None else tuple(kept.shape)) == shape
