@@ -230,7 +230,7 @@ def dies_in_the_exchange():
     optimizer.step()
     if dist.get_rank() == 1:
         # in the middle of the next step, with an exchange under way
-        with mock.patch("distmuon.pipeline.orthogonalize_", lambda *args, **kwargs: os._exit(7)):
+        with mock.patch("distmuon.orthogonalizing.orthogonalize_", lambda *args, **kwargs: os._exit(7)):
             optimizer.step()
     optimizer.step()
 

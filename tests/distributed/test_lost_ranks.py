@@ -69,7 +69,7 @@ def in_newton_schulz(act):
         act()
         return orthogonalize_(*args, **keywords)
 
-    return mock.patch("distmuon.pipeline.orthogonalize_", instead)
+    return mock.patch("distmuon.orthogonalizing.orthogonalize_", instead)
 
 
 def stalls_in_newton_schulz():

@@ -117,7 +117,7 @@ def _(fault: Fault) -> Iterator[None]:
 
 @kind("killed in Newton-Schulz")
 def _(fault: Fault) -> Iterator[None]:
-    with _instead("distmuon.pipeline.orthogonalize_", lambda *_, **__: _kill(), fault):
+    with _instead("distmuon.orthogonalizing.orthogonalize_", lambda *_, **__: _kill(), fault):
         yield
 
 
