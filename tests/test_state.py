@@ -142,7 +142,9 @@ def test_dummy_step_leaves_momentum_and_counters_alone():
 
 def test_dummy_step_never_orthogonalizes(monkeypatch):
     model, optimizer = make()
-    monkeypatch.setattr("distmuon.orthogonalizing.orthogonalize_", lambda *args, **kwargs: pytest.fail("orthogonalized"))
+    monkeypatch.setattr(
+        "distmuon.orthogonalizing.orthogonalize_", lambda *args, **kwargs: pytest.fail("orthogonalized")
+    )
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     for group in optimizer.param_groups:
