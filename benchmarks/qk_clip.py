@@ -151,21 +151,21 @@ def measure(data: Tensor, vocab_size: int, tokens: int, repeats: int) -> Cost:
     return Cost(tokens, **found)
 
 
-def told(run: Trained) -> str:
+def told(run: Trained, tau: float = TAU) -> str:
     """A run in words: logits, in what share of steps they were above tau and why, losses."""
     text = (
         f"largest logit {max(run.max_logits):.1f}, in the last 100 steps {max(run.max_logits[-100:]):.1f}, at the end "
         f"{run.max_logits[-1]:.1f}; validation loss {run.validation:.4f}, last 50 training losses "
         f"{statistics.mean(run.losses[-50:]):.4f}"
     )
-    first = next((step for step, logit in enumerate(run.max_logits) if logit > TAU), len(run.max_logits))
+    first = next((step for step, logit in enumerate(run.max_logits) if logit > tau), len(run.max_logits))
     before, after = run.max_logits[first:], run.after[first:]
     if len(after) < 2:
         return text
     shares = ", ".join(
-        f"{sum(logit > bound * TAU for logit in before) / len(before):.1%} above {bound} tau" for bound in BOUNDS
+        f"{sum(logit > bound * tau for logit in before) / len(before):.1%} above {bound} tau" for bound in BOUNDS
     )
-    added = [to / min(was, TAU) - 1 for was, to in zip(before, after, strict=True)]
+    added = [to / min(was, tau) - 1 for was, to in zip(before, after, strict=True)]
     between = [to / was - 1 for was, to in zip(after[:-1], before[1:], strict=True)]
     return (
         f"{text}; {run.clips:.0f} clips of heads; from step {first + 1} on {shares}; of the same batch after update "
@@ -174,7 +174,7 @@ def told(run: Trained) -> str:
     )
 
 
-def draw_picture(without: Trained, clipped: Trained, path: Path) -> None:
+def draw_picture(without: Trained, clipped: Trained, path: Path, tau: float) -> None:
     """Largest logits and losses over steps."""
     import matplotlib
 
@@ -182,11 +182,11 @@ def draw_picture(without: Trained, clipped: Trained, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for run, label, colour in ((without, "without", "tab:red"), (clipped, f"QK-Clip, tau = {TAU:g}", "tab:blue")):
+    for run, label, colour in ((without, "without", "tab:red"), (clipped, f"QK-Clip, tau = {tau:g}", "tab:blue")):
         left.plot(run.max_logits, color=colour, label=label)
         smooth = torch.tensor(run.losses).unfold(0, 20, 1).mean(1)
         right.plot(range(19, len(run.losses)), smooth.tolist(), color=colour, label=label)
-    left.axhline(TAU, color="gray", linestyle="dotted")
+    left.axhline(tau, color="gray", linestyle="dotted")
     left.set(yscale="log", xlabel="step", ylabel="largest attention logit")
     right.set(xlabel="step", ylabel="training loss, nats a token (mean of 20)", ylim=(None, without.losses[20]))
     left.legend()
@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="file to draw")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.1, help="of the matrices, at its peak")
+    parser.add_argument("--tau", type=float, default=TAU, help="bound of the logits, from which shares are told")
     parser.add_argument("--seeds", type=int, default=1, help="of weights and batches; the picture is of the first")
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024])
     parser.add_argument("--repeats", type=int, default=6)
@@ -218,11 +219,11 @@ def main() -> None:
     data, held_out = (torch.from_numpy(part.slice(0, len(part)).astype("int64")) for part in (corpus.train, corpus.val))
     runs = {}
     for seed in range(options.seeds):
-        for name, tau in (("without", NEVER), ("clipped", TAU)):
+        for name, tau in (("without", NEVER), (f"clipped-{options.tau:g}", options.tau)):
             path = options.output / f"{name}-lr{options.lr:g}-{options.steps}-seed{seed}.json"
             make = partial(train, data, held_out, corpus.vocab_size, options.steps, options.lr, tau, seed)
             runs[name, seed] = Trained(**kept(path, make))
-            print(f"{name}, seed {seed}: {told(runs[name, seed])}")
+            print(f"{name}, seed {seed}: {told(runs[name, seed], options.tau)}", flush=True)
     print("| tokens of a sequence | step, ms of CPU time | recorded every tenth | recorded always |\n|---|---|---|---|")
     for tokens in options.lengths:
         path = options.output / f"cost-{tokens}-{options.repeats}.json"
@@ -230,7 +231,7 @@ def main() -> None:
         shares = [100 * (spent / cost.off - 1) for spent in (cost.every_tenth, cost.always)]
         print(f"| {tokens} | {cost.off:.0f} | {shares[0]:+.1f}% | {shares[1]:+.1f}% |")
     if options.picture is not None:
-        draw_picture(runs["without", 0], runs["clipped", 0], options.picture)
+        draw_picture(runs["without", 0], runs[f"clipped-{options.tau:g}", 0], options.picture, options.tau)
 
 
 if __name__ == "__main__":
