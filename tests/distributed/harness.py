@@ -289,6 +289,29 @@ def _error(
     return RankError(headline, errors, tracebacks, stacks or {}, timed_out)
 
 
+class Pools:
+    """Pools of several sizes, each made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Pool] = {}
+
+    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """The result of `function` on each of `world_size` ranks."""
+        __tracebackhide__ = True
+        if world_size not in self._made:
+            self._made[world_size] = Pool(world_size)
+        return self._made[world_size].run(_with_keywords, function, args, kwargs)
+
+    def close(self) -> None:
+        """Ends all ranks."""
+        for pool in self._made.values():
+            pool.close()
+
+
+def _with_keywords(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
 def _serve(rank: int, world_size: int, port: int, folder: Path, connection: Connection) -> None:
     """The life of one rank: form the group, then answer calls until an empty request."""
     os.setsid()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import Pool, rank_errors
+from harness import rank_errors
 from layouts import Twins, distribute, full, give_gradients, mesh_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -250,20 +250,6 @@ def hooked():
 
 
 # --- tests
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args):
-        if world_size not in made:
-            made[world_size] = Pool(world_size)
-        return made[world_size].run(function, *args)
-
-    yield run
-    for pool in made.values():
-        pool.close()
 
 
 @pytest.mark.parametrize(("world_size", "layout"), WHERE)

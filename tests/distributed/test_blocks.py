@@ -9,7 +9,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Pool
 from layouts import Twins, distribute, full, give_gradients, matrices_of, mesh_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -220,20 +219,6 @@ def refused():
 
 
 # --- tests
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args):
-        if world_size not in made:
-            made[world_size] = Pool(world_size)
-        return made[world_size].run(function, *args)
-
-    yield run
-    for pool in made.values():
-        pool.close()
 
 
 @pytest.mark.parametrize(("world_size", "layout"), WHERE)

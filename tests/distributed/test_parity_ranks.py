@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Pool
 from layouts import (
     LAYOUTS,
     SETTINGS,
@@ -24,23 +23,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import distmuon
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args, **kwargs):
-        return made.setdefault(world_size, Pool(world_size)).run(_call, function, args, kwargs)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def _call(function, args, kwargs):
-    return function(*args, **kwargs)
-
 
 # --- what ranks run
 

@@ -5,7 +5,6 @@ import contextlib
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import Pool
 from layouts import (
     LAYOUTS,
     Reference,
@@ -30,18 +29,6 @@ import distmuon
 
 # Gradients of a layout differ from the reference's by rounding (2e-7), which bfloat16 would turn into its own steps
 FLOAT32 = {"ns_dtype": torch.float32}
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args):
-        return made.setdefault(world_size, Pool(world_size)).run(function, *args)
-
-    yield run
-    for pool in made.values():
-        pool.close()
 
 
 # --- what ranks run

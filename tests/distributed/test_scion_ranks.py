@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import Pool
 from layouts import (
     LAYOUTS,
     SETTINGS,
@@ -25,22 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 import distmuon
 
 RATES = dict(lr=0.1, weight_decay=0.3, momentum=0.8)
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args, **kwargs):
-        return made.setdefault(world_size, Pool(world_size)).run(_call, function, args, kwargs)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def _call(function, args, kwargs):
-    return function(*args, **kwargs)
 
 
 class Whole:

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Pool
 from layouts import (
     LAYOUTS,
     Reference,
@@ -45,22 +44,6 @@ def table(link=FREE):
 
 TABLES = {"split": table(), "repeated": table(dataclasses.replace(FREE, gather=1e9, reduce=1e-9))}
 SETTINGS = dict(foreach=None, ns_dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args, **kwargs):
-        return made.setdefault(world_size, Pool(world_size)).run(_call, function, args, kwargs)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def _call(function, args, kwargs):
-    return function(*args, **kwargs)
 
 
 def laid_out(mesh_shape, placements, *names):

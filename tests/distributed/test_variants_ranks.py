@@ -19,22 +19,6 @@ from distmuon.moments import STATE_KEY
 VARIANTS = ("normuon", "adamuon")
 
 
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def run(world_size, function, *args, **kwargs):
-        return made.setdefault(world_size, Pool(world_size)).run(_call, function, args, kwargs)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def _call(function, args, kwargs):
-    return function(*args, **kwargs)
-
-
 # --- what ranks run
 
 
