@@ -107,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", nargs="+", choices=MEMBERS, help="these alone")
     parser.add_argument("--steps", type=int, default=150, help="of 512 tokens")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first one is tuned at")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4), help="the first one is tuned at")
     parser.add_argument("--costs", action="store_true", help="measure steps, and train nothing")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each member's step, with --costs")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")

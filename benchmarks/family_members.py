@@ -83,6 +83,8 @@ MEMBERS: dict[str, Member] = {
     REFERENCE: _muon(),
     "Muon, original": _muon(adjust_lr_fn="original"),
     "Muon, spectral": _muon(adjust_lr_fn="spectral"),
+    # the matrices' rule of Scion, to tell apart what its other rules do
+    "spectral, momentum 0.9": _muon(adjust_lr_fn="spectral", momentum=0.9, nesterov=False),
     "no Nesterov (MuonClip)": _muon(nesterov=False),
     "NorMuon": _muon(variant="normuon"),
     "AdaMuon": _muon(variant="adamuon"),

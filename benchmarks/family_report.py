@@ -84,11 +84,11 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Left final losses at the best rate, a dot a seed; right losses over rates at the first seed."""
+    """Left final losses at the best rate, a dot a seed; right losses over rates beside it, at the first seed."""
     from matplotlib.figure import Figure
 
     ordered = sorted(outcomes, key=lambda outcome: -outcome.mean)
-    figure = Figure(figsize=(11, 1.2 + 0.36 * len(ordered)), layout="constrained")
+    figure = Figure(figsize=(12, 1.2 + 0.33 * len(ordered)), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, found in enumerate(ordered):
         color = f"C{place % 10}"
@@ -96,16 +96,17 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         left.plot([found.mean], [place], "|", color=color, markersize=14, markeredgewidth=2)
         means = {rate: loss for rate, loss in found.curve.means.items() if math.isfinite(loss)}
         style = "o-" if place < 10 else "s--"
-        right.plot(list(means), list(means.values()), style, color=color, label=found.name, markersize=3, linewidth=1.2)
+        beside = [rate / found.curve.best_tried for rate in means]
+        right.plot(beside, list(means.values()), style, color=color, label=found.name, markersize=3, linewidth=1.2)
     left.set_yticks(range(len(ordered)), [found.name for found in ordered])
     left.set(xlabel="final validation loss (nats a byte), a dot a seed", title="at the best rate")
-    ticks = sorted({rate for found in ordered for rate in found.curve.losses})
     right.set_xscale("log", base=2)
-    right.set(xlabel="rate", title="first seed")
-    right.set_xticks(ticks[::2], [f"{rate:.2g}" for rate in ticks[::2]])
+    right.set(xlabel="rate, of the best one", title="losses over rates, first seed")
+    ticks = sorted({rate / found.curve.best_tried for found in ordered for rate in found.curve.losses})
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     lowest = min(min(found.curve.means.values()) for found in ordered)
     right.set_ylim(lowest - 0.03, max(found.mean for found in ordered) + 0.4)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     for panel in (left, right):
         panel.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
