@@ -43,7 +43,7 @@ from distmuon.facts import (
     moment_holdings,
     nodes_of,
 )
-from distmuon.groups import Group, group_names
+from distmuon.groups import Group, check_group, group_names
 from distmuon.moments import blank_moments, moments_dtype, moments_in
 from distmuon.numerics.costs import CostTable
 from distmuon.numerics.hardware import device_class
@@ -296,6 +296,8 @@ def _part(
 
 def _entries(groups: Sequence[Group], options: Options, mesh: Mesh | None) -> Iterator[Entry]:
     for index, group in enumerate(groups):
+        # groups may have been edited by hand since they were added
+        check_group(group, f"group {index}", options)
         use_muon, settings, iteration = group["use_muon"], "adamw", ""
         request: Request | None = None
         if use_muon:

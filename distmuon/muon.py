@@ -42,6 +42,7 @@ from distmuon.report import RoutingReport, build_report, nothing_on_muon
 from distmuon.rest import complete_state
 from distmuon.stats import StepClock, step_stats
 from distmuon.stepping import Stepping
+from distmuon.values import FAMILY_DEFAULTS
 
 logger = logging.getLogger("distmuon")
 
@@ -332,10 +333,11 @@ class Muon(Stepping):
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
-        State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``step``, ``exp_avg``, ``exp_avg_sq`` for
-        the rest. Groups with a ``block_period`` count their steps in ``block_step``. Where some state or a gradient is
-        there, state that is still missing is made, zeros, so that what
-        ``torch.distributed.checkpoint`` saves and restores by this is complete.
+        State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``second_momentum_buffer`` for matrices with
+        a ``variant`` that divides by it; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest. Groups with a
+        ``block_period`` count their steps in ``block_step``. Where some state or a gradient is there, state that is
+        still missing is made, zeros, so that what ``torch.distributed.checkpoint`` saves and restores by this is
+        complete.
 
         Raises:
             RuntimeError: if momentum is on its owners only and was not consolidated since the last step.
@@ -417,6 +419,10 @@ class Muon(Stepping):
             self.__dict__.setdefault(key, value)
         super().__setstate__(state)
         self.__dict__.setdefault("_clock", StepClock(self._options.step_stats))
+        # one that was pickled before there were these keys lacks them
+        for settings in (self.defaults, *self.param_groups):
+            for key, value in {**FAMILY_DEFAULTS, "block_step": 0, "lmo": None}.items():
+                settings.setdefault(key, value)
 
     def _rebind(self) -> None:
         first = self._binding is None

@@ -1,6 +1,8 @@
 """NorMuon and AdaMuon in one process: state, switching, refusals. Their formulas are in tests/test_family.py."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import distmuon
 from distmuon.checkpoint.converting import convert
 from distmuon.moments import STATE_KEY
 from distmuon.numerics.variants import divide_by_moments_
+from distmuon.values import FAMILY_KEYS
 
 VARIANTS = ("normuon", "adamuon")
 
@@ -223,3 +226,40 @@ def test_a_variant_set_by_hand_acts_from_the_next_step():
         optimizer.step()
         kept = optimizer.state[param].get(STATE_KEY)
         assert (None if kept is None else tuple(kept.shape)) == shape
+
+
+def test_an_optimizer_that_was_pickled_before_there_were_these_keys():
+    model, optimizer = make("muon")
+    train(model, optimizer, 2)
+    copied, undisturbed = copy.deepcopy((model, optimizer))
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        for key in (*FAMILY_KEYS, "block_step", "lmo"):
+            del settings[key]
+    model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    train(model, optimizer, 2)
+    train(copied, undisturbed, 2)
+    assert all(map(torch.equal, model.parameters(), copied.parameters()))
+    assert optimizer.param_groups[0]["variant"] == "muon"
+    optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(3, 3)))], "use_muon": True})
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"variant": "norm"}, r"group 0 \(muon\): variant='norm' is unknown"),
+        ({"variant": "normuon", "muon_beta2": 1.0}, r"group 0 \(muon\) has muon_beta2=1.0"),
+        ({"block_period": 2}, "block_period=2 and does not say into how many blocks"),
+        ({"block_period": 1.5, "blocks": 2}, "block_period=1.5: it is a whole number"),
+    ],
+)
+def test_what_is_written_into_a_group_by_hand_is_checked(edits, message):
+    model, optimizer = make("muon")
+    train(model, optimizer, 1)
+    kept = [param.clone() for param in model.parameters()]
+    before = dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(edits)
+    with pytest.raises(ValueError, match=message):
+        train(model, optimizer, 1)
+    assert all(map(torch.equal, kept, model.parameters()))
+    optimizer.param_groups[0].update(before)
+    train(model, optimizer, 1)
