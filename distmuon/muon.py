@@ -333,8 +333,8 @@ class Muon(Stepping):
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer: ``state`` by parameter index, and ``param_groups``.
 
-        State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``second_momentum_buffer`` for matrices with
-        a ``variant`` that divides by it; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest. Groups with a
+        State keys: ``momentum_buffer`` for matrices and what has an ``lmo``; ``second_momentum_buffer`` for matrices
+        with a ``variant`` that divides by it; ``step``, ``exp_avg``, ``exp_avg_sq`` for the rest. Groups with a
         ``block_period`` count their steps in ``block_step``. Where some state or a gradient is there, state that is
         still missing is made, zeros, so that what ``torch.distributed.checkpoint`` saves and restores by this is
         complete.
