@@ -90,12 +90,13 @@ def test_round_trip_is_exact(variant, dtype):
 def test_another_variant_goes_on_with_the_momentum_and_is_told(before, after):
     model, optimizer = make(before)
     train(model, optimizer, 2)
-    other, restored = make(after, seed=5)
+    other, restored = make(after, seed=5, muon_beta2=0.9)
     with pytest.warns(
         UserWarning, match=f"group 0 was saved with variant='{before}' and keeps its own variant='{after}'"
     ):
         restored.load_state_dict(optimizer.state_dict())
     assert restored.param_groups[0]["variant"] == after
+    assert restored.param_groups[0]["muon_beta2"] == 0.9
     for (name, value), param in zip(moments(restored).items(), restored.param_groups[0]["params"], strict=True):
         assert value is None, name
         momentum = optimizer.state[dict(model.named_parameters())[name]]["momentum_buffer"]

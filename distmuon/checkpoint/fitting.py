@@ -125,7 +125,7 @@ def _assemble(
         params = [(index, place) if id_ is None else id_ for place, id_ in enumerate(ids)]
         # a state dict from before there were periods is at the start of one
         begun = group["block_step"] if settings is None else settings.get("block_step", 0)
-        new = {**group, **_settings(settings or {}), **_own(group), "block_step": begun, "params": params}
+        new = {**group, **_settings(settings or {}), **_own(group, settings or {}), "block_step": begun, "params": params}
         merged.append(new)
         for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
             if id_ is not None and id_ in state:
@@ -143,9 +143,12 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _own(group: Group) -> dict[str, Any]:
+def _own(group: Group, saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a group keeps of its own: who its parameters are, who updates them and how, and what their axes mean."""
-    return {key: group[key] for key in ("use_muon", "lmo", "param_names", "variant", *READING_KEYS) if key in group}
+    keys = ("use_muon", "lmo", "param_names", "variant", *READING_KEYS)
+    if saved.get("variant") != group["variant"]:
+        keys = (*keys, "muon_beta2")  # which stood for nothing there, or for other moments
+    return {key: group[key] for key in keys if key in group}
 
 
 def _lay_out(name: str, key: str, value: Any, group: Group, param: Tensor) -> Any:
