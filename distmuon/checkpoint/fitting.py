@@ -125,7 +125,13 @@ def _assemble(
         params = [(index, place) if id_ is None else id_ for place, id_ in enumerate(ids)]
         # a state dict from before there were periods is at the start of one
         begun = group["block_step"] if settings is None else settings.get("block_step", 0)
-        new = {**group, **_settings(settings or {}), **_own(group, settings or {}), "block_step": begun, "params": params}
+        new = {
+            **group,
+            **_settings(settings or {}),
+            **_own(group, settings or {}),
+            "block_step": begun,
+            "params": params,
+        }
         merged.append(new)
         for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
             if id_ is not None and id_ in state:
