@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,15 +85,26 @@ class Scion(Muon):
                 f"Scion takes the model itself, not a {type(model).__name__}: which norm a parameter has is told by "
                 "its module. Give distmuon.Muon groups with use_muon=False and lmo to choose by hand."
             )
+        if "weight_decay" in kwargs:
+            raise ValueError(
+                f"weight_decay={kwargs['weight_decay']}: the decay of Scion is one over the radius of each kind, and "
+                "constrained=False has none."
+            )
+        _check_settings(
+            lr=lr,
+            radius_hidden=radius_hidden,
+            radius_rest=radius_rest,
+            radius_embedding=radius_embedding,
+            radius_vectors=radius_vectors,
+            input_names=input_names,
+            head_names=head_names,
+        )
         radii = {
             "hidden": radius_hidden,
             "sign": radius_rest,
             "embedding": radius_hidden / 3 if radius_embedding is None else radius_embedding,
             "vector": radius_hidden if radius_vectors is None else radius_vectors,
         }
-        for kind, radius in radii.items():
-            if not 0 < radius < math.inf:
-                raise ValueError(f"the radius of {kind} is {radius}: it must be above 0.")
         groups, routes = as_groups(model, muon_names=muon_names, adamw_names=adamw_names, matrices=matrices)
         inputs, heads = (_chosen(globs, routes) for globs in (input_names, head_names))
         heads |= {name for name in _multiplied(model) if "embedding" in routes[name].reason}
@@ -105,6 +117,19 @@ class Scion(Muon):
             **{"nesterov": False, "adjust_lr_fn": "spectral", **kwargs, **mesh},
         )
         self._routes.update(routes)
+
+
+def _check_settings(**settings: Any) -> None:
+    """Refuse rates, radii and globs of a wrong kind, and radii that are not positive, by their names."""
+    for key, value in settings.items():
+        if key.endswith("_names"):
+            if isinstance(value, str):
+                raise TypeError(f"{key}={value!r} is a single string: it takes a list of globs, [{value!r}].")
+        elif value is not None or key == "lr":
+            if not isinstance(value, Tensor | numbers.Real):
+                raise TypeError(f"{key}={value!r} (a {type(value).__name__}): it takes a number.")
+            if key != "lr" and not 0 < float(value) < math.inf:
+                raise ValueError(f"{key}={value}: it must be above 0.")
 
 
 def _chosen(globs: Sequence[str], routes: Mapping[str, Route]) -> set[str]:

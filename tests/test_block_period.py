@@ -304,10 +304,14 @@ def test_stats_are_of_the_last_step():
 @pytest.mark.parametrize(
     ("shape", "keys", "message"),
     [
-        ((10, 6), {}, r"'w' of shape \(10, 6\) has 10 output features, of which blocks=4 cuts off a single one, 9"),
+        ((10, 6), {}, r"'w' of shape \(10, 6\) has 10 output features, and blocks=4 leaves feature 9 alone"),
         ((4, 6), {}, r"'w' of shape \(4, 6\) has 4 output features.*pass fewer blocks"),
-        ((24, 6), {"split_sizes": (13, 11)}, r"cuts off a single one, 12: pass fewer blocks"),
-        ((8, 24), {"num_heads": 4, "split_axis": "cols"}, r"'w' .*split_axis='cols'.* a group with block_period=1"),
+        ((24, 6), {"split_sizes": (13, 11)}, r"leaves feature 12 alone in a block: pass fewer blocks"),
+        (
+            (8, 24),
+            {"num_heads": 4, "split_axis": "cols"},
+            r"'w' .*split_axis='cols'.*'whole'.* a group with block_period=1",
+        ),
         ((8, 6), {"block_step": -1}, r"block_step=-1: it is a whole number of 0 or more"),
         ((8, 6), {"block_step": 1.0}, r"block_step=1.0"),
     ],

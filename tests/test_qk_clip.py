@@ -465,6 +465,13 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=words):
             distmuon.attach_qk_clip(model, **settings)
+    with pytest.raises(TypeError, match=r"tau='1e2' \(a str\): it takes a number"):
+        distmuon.attach_qk_clip(model, tau="1e2")
+    optimizer = torch.optim.SGD(make_model("llama-gqa").parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"the SGD updates none of the attention projections, such as .*self_attn'"):
+        distmuon.attach_qk_clip(model, optimizer)
+    with pytest.raises(TypeError, match="takes the model first, then its optimizer, and got a SGD"):
+        distmuon.attach_qk_clip(optimizer, model)
     handle = distmuon.attach_qk_clip(model)
     with pytest.raises(ValueError, match="attached to this model already"):
         distmuon.attach_qk_clip(model)

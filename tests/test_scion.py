@@ -249,8 +249,16 @@ def test_what_scion_refuses():
     model = model_of()
     with pytest.raises(TypeError, match="takes the model itself, not a list"):
         distmuon.Scion(list(model.named_parameters()))
-    with pytest.raises(ValueError, match=r"radius of sign is 0: it must be above 0"):
-        distmuon.Scion(model, radius_rest=0)
+    for settings, error, message in (
+        (dict(radius_rest=0), ValueError, r"radius_rest=0: it must be above 0"),
+        (dict(radius_vectors=float("nan")), ValueError, r"radius_vectors=nan: it must be above 0"),
+        (dict(radius_hidden="50"), TypeError, r"radius_hidden='50' \(a str\): it takes a number"),
+        (dict(lr="1e-3"), TypeError, r"lr='1e-3' \(a str\): it takes a number"),
+        (dict(head_names="embed*"), TypeError, r"head_names='embed\*' is a single string: it takes a list of globs"),
+        (dict(weight_decay=0.1), ValueError, r"weight_decay=0.1: the decay of Scion is one over the radius"),
+    ):
+        with pytest.raises(error, match=message):
+            distmuon.Scion(model, **settings)
     with pytest.raises(ValueError, match=r"the glob 'nothing\*' matches no parameter"):
         distmuon.Scion(model, input_names=["nothing*"])
 

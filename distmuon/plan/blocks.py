@@ -142,7 +142,7 @@ def row_blocks(name: str, shape: Sequence[int], reading: Reading, count: int) ->
     if any(block.cut is not None and block.cut.axis != axis for block in matrices):
         raise ValueError(
             f"parameter {name!r} of shape {dims} has matrices side by side (split_axis='cols'), and block_period cuts "
-            "rows: give it a group with block_period=1."
+            "rows: read it whole (matrices={glob: 'whole'}), or give it a group with block_period=1."
         )
     size = dims[axis]
     strips = [_strip(dims, axis, *chunk(size, part, count)) for part in range(count)]
@@ -155,8 +155,9 @@ def row_blocks(name: str, shape: Sequence[int], reading: Reading, count: int) ->
         for piece in pieces:
             if (piece.head or piece.size) == 1 < (cut.head or cut.size):
                 raise ValueError(
-                    f"parameter {name!r} of shape {dims} has {size} output features, of which blocks={count} cuts off "
-                    f"a single one, {piece.start}: pass fewer blocks, or give it a group with block_period=1."
+                    f"parameter {name!r} of shape {dims} has {size} output features, and blocks={count} leaves "
+                    f"feature {piece.start} alone in a block: pass fewer blocks, or give it a group with "
+                    "block_period=1."
                 )
     whole = _whole(name, dims, reading)
     return tuple(_block(whole, dims, _row_axis(dims, reading), cut) for cut in cuts)

@@ -71,9 +71,13 @@ def attach_qk_clip(
         The handle, with metrics, and :meth:`QKClip.detach`.
 
     Raises:
+        TypeError: for what is no module, and settings that are no numbers.
         ValueError: for settings out of range, a model without attention that is known, layers that normalize queries
-            and keys, fused projections of unknown order, another attention implementation.
+            and keys, fused projections of unknown order, another attention implementation, and an optimizer that
+            updates none of the projections.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach_qk_clip takes the model first, then its optimizer, and got a {type(model).__name__}.")
     check_options(tau, alpha, gqa)
     if every < 1:
         raise ValueError(f"every={every}: give the number of steps from one clip to the next, 1 or more.")
@@ -92,6 +96,8 @@ def attach_qk_clip(
         raise ValueError(
             f"{type(model).__name__} has no trained attention layer that QK-Clip knows: name its modules by attention=."
         )
+    if optimizer is not None:
+        _check_optimizer(optimizer, layers)
     if mesh is None:
         mesh = replicas_of(model)
     if mesh is None and isinstance(optimizer, Muon | WrappedMuon):
@@ -149,6 +155,24 @@ class Layer:
                 "give it a DTensor of rows, as tensor parallelism of torch does."
             )
         return read_layout(self.name, weight, None).box.offsets[0] * self.heads.num_heads // weight.shape[0]
+
+
+def _check_optimizer(optimizer: Optimizer, layers: list[Layer]) -> None:
+    """Refuse an optimizer of another model, or of copies, which would undo the clip with its next step."""
+    updated = [param for group in optimizer.param_groups for param in group["params"]]
+    tensors = [tensor for layer in layers for tensor in layer.parts().values()]
+    if _any_sharded(updated) and not _any_sharded(tensors):
+        return  # FSDP holds whole parameters since a forward pass, and the optimizer has the shards
+    if not {id(tensor) for tensor in tensors} & {id(param) for param in updated}:
+        raise ValueError(
+            f"the {type(optimizer).__name__} updates none of the attention projections, such as those of "
+            f"{layers[0].name!r}: it was made of another model, before fully_shard, or of copies of the parameters. "
+            "Give the one that updates them; for copies call distmuon.qk_clip_ on these."
+        )
+
+
+def _any_sharded(tensors: list[Tensor]) -> bool:
+    return any(as_dtensor(tensor) is not None for tensor in tensors)
 
 
 class QKClip:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,13 @@ def check_options(tau: float, alpha: float, gqa: str) -> None:
     """Refuse settings out of range.
 
     Raises:
+        TypeError: for what is no number where one is wanted.
         ValueError: naming the setting.
     """
+    given: dict[str, object] = {"tau": tau, "alpha": alpha}
+    for key, value in given.items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{key}={value!r} (a {type(value).__name__}): it takes a number.")
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau={tau}: give a positive number, such as 100.")
     if not 0 <= alpha <= 1:

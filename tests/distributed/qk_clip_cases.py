@@ -166,3 +166,19 @@ def mesh_of_the_optimizer():
         handle.step()
         found.append(handle.metrics())
     return found
+
+
+def optimizers_of_shards():
+    """One that was made before the model was sharded, and one of the shards while FSDP holds whole weights."""
+    model = make_model()
+    early = optimizer_of(model)
+    fully_shard(model)
+    optimizer = optimizer_of(model)
+    try:
+        distmuon.attach_qk_clip(model, early, tau=TAU)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    model(input_ids=batch_of(0, 1, 0))
+    whole = not isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    return refused, whole, distmuon.attach_qk_clip(model, optimizer, tau=TAU).layers

@@ -76,3 +76,9 @@ def test_plain_parameters_of_unknown_replicas(pools):
         pools(2).run(cases.plain_and_unknown)
     for error in caught.value.errors.values():
         assert error.startswith("ValueError: QK-Clip finds plain parameters in a job of 2 ranks")
+
+
+def test_optimizers_of_shards(pools):
+    for refused, whole, layers in pools(2).run(cases.optimizers_of_shards):
+        assert "updates none of the attention projections" in refused and "before fully_shard" in refused
+        assert whole and len(layers) == cases.LAYERS
