@@ -178,12 +178,16 @@ def nothing_on_muon(report: RoutingReport) -> str:
 
 
 def _variant_notes(groups: Sequence[Group]) -> list[str]:
-    return [
+    cautious = [str(index) for index, group in enumerate(groups) if group["cautious_wd"]]
+    found = [
         f"group {index} is updated by {group['variant']}, with a second moment of each "
         f"{'row' if by_rows(group['variant']) else 'element'} (muon_beta2={group['muon_beta2']})."
         for index, group in enumerate(groups)
         if group["use_muon"] and has_moments(group["variant"])
     ]
+    if cautious:
+        found.append(f"of group {', '.join(cautious)} only weights that a step makes smaller decay (cautious_wd).")
+    return found
 
 
 def _engine_notes(groups: Sequence[Group], options: Options, pipelines: Sequence[Pipeline]) -> list[str]:

@@ -155,6 +155,8 @@ def test_report_says_what_updates_a_group():
     _, optimizer = make("normuon", muon_beta2=0.9)
     said = "group 0 is updated by normuon, with a second moment of each row (muon_beta2=0.9)."
     assert said in optimizer.report().notes
+    _, optimizer = make("muon", cautious_wd=True)
+    assert "of group 0, 1 only weights that a step makes smaller decay (cautious_wd)." in optimizer.report().notes
     _, optimizer = make("muon")
     assert "second moment" not in str(optimizer.report())
 
@@ -176,6 +178,8 @@ def test_unknown_names_and_values():
     for wrong in ({"variant": "norm"}, {"muon_beta2": 1.0}, {"cautious_wd": 1}, {"block_period": 0}, {"blocks": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             make(**{"variant": "muon", **wrong})
+    with pytest.raises(ValueError, match=r"'muonbp' is unknown.*MuonBP is block_period and blocks"):
+        make("muonbp")
     with pytest.raises(ValueError, match="block_period=3 and does not say into how many blocks"):
         make("muon", block_period=3)
 

@@ -17,7 +17,10 @@ def resolve_variant(name: str) -> str:
         ValueError: for one that is not in :data:`VARIANTS`.
     """
     if name not in VARIANTS:
-        raise ValueError(f"variant={name!r} is unknown; known: {', '.join(VARIANTS)}.")
+        raise ValueError(
+            f"variant={name!r} is unknown; known: {', '.join(VARIANTS)}. MuonBP is block_period and blocks, Scion is "
+            "distmuon.Scion, and MuonClip distmuon.MuonClip."
+        )
     return name
 
 
