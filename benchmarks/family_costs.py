@@ -91,8 +91,8 @@ def _run_rank(rank: int, ranks: int, request: Request, names: Sequence[str], fol
     try:
         found = _measure(request, names)
         if rank == 0:
-            found = {name: dataclasses.asdict(cost) for name, cost in found.items()}
-            Path(folder, "costs.json").write_text(json.dumps(found))
+            costs = {name: dataclasses.asdict(cost) for name, cost in found.items()}
+            Path(folder, "costs.json").write_text(json.dumps(costs))
     finally:
         dist.destroy_process_group()
 
@@ -170,7 +170,7 @@ def share_of_training(names: Sequence[str], rounds: int, width: int = WIDTH) -> 
 
     def forward_backward() -> None:
         model.zero_grad()
-        loss_of(model, windows).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, windows).backward()
 
     def clocked(function: Callable[[], object]) -> Callable[[], float]:
         def sample() -> float:
