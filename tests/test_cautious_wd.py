@@ -1,4 +1,4 @@
-"""Cautious weight decay (arXiv 2510.12402, equation 2): of matrices and of the rest, beside float64 by hand."""
+"""Cautious weight decay (arXiv 2510.12402, algorithm 1): of matrices and of the rest, beside float64 by hand."""
 
 import pytest
 import torch
