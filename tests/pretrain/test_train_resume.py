@@ -82,6 +82,16 @@ def test_resume_is_exact_with_dropout_and_accumulation(tiny: Tiny, monkeypatch: 
     assert_same_state(parts, whole)
 
 
+@pytest.mark.parametrize("step", [7, 8])
+def test_resume_is_exact_between_whole_steps(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Of MuonBP with a period of three steps, and with second moments: the count of steps goes on where it was."""
+    flags = ("--optim.block_period=3", "--optim.blocks=2", "--optim.variant=adamuon", "--optim.cautious_wd=true")
+    whole = train(load_config(tiny("whole"), *flags))
+    parts = run_in_two(tiny("parts"), monkeypatch, step, *flags)
+    assert computed(parts.run_dir) == computed(whole.run_dir)
+    assert_same_state(parts, whole)
+
+
 def test_resume_is_exact_with_tied_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"model__tie_word_embeddings": True}
     whole = train(load_config(tiny("whole", **changes)))

@@ -23,6 +23,9 @@ from distmuon.checkpoint import routing_table
 from distmuon.pretrain.checkpoint.metadata import BrokenCheckpoint
 from distmuon.pretrain.processes import agreed, gather, rank, world_size
 
+# Beside the random numbers of a rank
+_COUNTS = "block_steps"
+
 
 class AppState:
     """All that a run needs to go on: model, optimizer, schedule, position and random numbers.
@@ -57,7 +60,10 @@ class AppState:
             "optimizer": optimizer,
             "lr_scheduler": {"last_epoch": self._scheduler.last_epoch},
             # one value each, as their keys are not those of another layout
-            "train_state": {**self.progress, "rng": _pack(gather(_random_state(self._device)))},
+            "train_state": {
+                **self.progress,
+                "rng": _pack(gather({**_random_state(self._device), _COUNTS: self._counts()})),
+            },
             "dataloader": _pack(self._loader.state_dict()),
         }
 
@@ -89,8 +95,10 @@ class AppState:
             progress = {name: _number(loaded["train_state"], name) for name in self.progress}
             step = int(_number(loaded["lr_scheduler"], "last_epoch"))
             states, position = _unpack(loaded["train_state"]["rng"], list), _unpack(loaded["dataloader"], dict)
+            counts = _counted(states, step)
         set_model_state_dict(self._model, loaded["model"])
         self._load_optimizer(loaded["optimizer"]["state"])
+        self._count_from(counts, step)
         self._scheduler.load_state_dict(
             {**self._scheduler.state_dict(), "last_epoch": step - 1, "_step_count": step + 1}
         )
@@ -101,6 +109,16 @@ class AppState:
             _set_random_state(states[rank()], self._device)
         self.progress.update(progress)
         self._loader.load_state_dict(position)
+
+    def _counts(self) -> list[int]:
+        """Steps that the groups have counted, by which MuonBP knows whole ones."""
+        return [group.get("block_step", 0) for group in self._optimizer.param_groups]
+
+    def _count_from(self, counts: list[int], step: int) -> None:
+        groups = self._optimizer.param_groups
+        for number, group in enumerate(groups):
+            if "block_step" in group:
+                group["block_step"] = counts[number] if len(counts) == len(groups) else step
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         present = get_optimizer_state_dict(self._model, self._optimizer)
@@ -114,6 +132,14 @@ class AppState:
         )
         for group, setting in zip(self._optimizer.param_groups, settings, strict=True):
             group.update(setting)
+
+
+def _counted(states: list[Any], step: int) -> list[int]:
+    """The counts of the first rank, as those of all are equal; none in checkpoints from before there were any."""
+    counts = states[0].get(_COUNTS, []) if states and isinstance(states[0], dict) else []
+    if type(counts) is not list or any(type(count) is not int or not 0 <= count <= step for count in counts):
+        raise BrokenCheckpoint(f"groups have counted {counts!r:.40}, and these are numbers of steps up to {step}")
+    return counts
 
 
 def _pack(value: Any) -> bytes:
