@@ -41,14 +41,7 @@ def blank_moments(param: Tensor, moments: Moments, dtype: torch.dtype) -> Tensor
     return laid_out_beside(param, local, moments.shape, whole_axes=moments.reduced)
 
 
-def lacks_moments(state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether a group wants second moments that the state of a parameter has not, or of another shape."""
-    moments = moments_in(group, param)
-    return moments is not None and (STATE_KEY not in state or tuple(state[STATE_KEY].shape) != moments.shape)
-
-
-def without_stale_moments(state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """The state of a parameter but for second moments of another variant than its group has."""
-    wanted = moments_in(group, param)
-    stale = STATE_KEY in state and (wanted is None or tuple(state[STATE_KEY].shape) != wanted.shape)
-    return {key: value for key, value in state.items() if not (stale and key == STATE_KEY)}
+def has_these(state: Mapping[str, Any], moments: Moments | None) -> bool:
+    """Whether the state of a parameter has the second moments that are wanted, and not those of another variant."""
+    kept = state.get(STATE_KEY)
+    return kept is not None and moments is not None and tuple(kept.shape) == moments.shape

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from distmuon.comm.layout import local_gradient, local_tensor
 from distmuon.groups import Group
-from distmuon.moments import STATE_KEY, blank_moments, lacks_moments, moments_dtype, moments_in
+from distmuon.moments import STATE_KEY, blank_moments, has_these, moments_dtype, moments_in
 from distmuon.numerics.adamw import adamw_update, init_state
 from distmuon.options import Options
 from distmuon.participation import Turn
+from distmuon.plan.companions import Moments
 
 
 def create_state(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:
     """Make the state of the parameters that take part and have none, or lack some that their group wants by now."""
     for entry in turn.entries:
-        _complete(state[entry.param], entry.param, groups[entry.fact.group], options)
+        _complete(state[entry.param], entry.param, groups[entry.fact.group], entry.fact.moments, options)
 
 
 def complete_state(
@@ -34,7 +35,7 @@ def complete_state(
     if begun or state or any(param.grad is not None for param, _ in params):
         for param, group in params:
             if param.requires_grad:
-                _complete(state.setdefault(param, {}), param, group, options)
+                _complete(state.setdefault(param, {}), param, group, moments_in(group, param), options)
 
 
 def follow_parameters(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], options: Options) -> None:
@@ -57,24 +58,20 @@ def _averages(group: Group) -> bool:
     return group["use_muon"] or group["lmo"] is not None
 
 
-def _complete(kept: dict[str, Any], param: Tensor, group: Group, options: Options) -> None:
+def _complete(kept: dict[str, Any], param: Tensor, group: Group, moments: Moments | None, options: Options) -> None:
     """Make state where there is none, or second moments alone where their group had another variant before."""
     if not kept:
         kept.update(_blank_state(param, group, options))
-    elif lacks_moments(kept, group, param):
-        kept[STATE_KEY] = _blank_state(param, group, options)[STATE_KEY]
+    if moments is not None and not has_these(kept, moments):
+        kept[STATE_KEY] = blank_moments(param, moments, moments_dtype(options.wire_dtype))
 
 
 def _blank_state(param: Tensor, group: Group, options: Options) -> dict[str, Any]:
-    """Zeros of the shape, mesh and placements of a parameter."""
+    """Zeros of the shape, mesh and placements of a parameter, but for second moments."""
     if not _averages(group):
         return dict(init_state(param, fused=options.fused))
     momentum = torch.zeros_like(param, dtype=options.momentum_dtype, memory_format=torch.preserve_format)
-    moments = moments_in(group, param)
-    if moments is None:
-        return {"momentum_buffer": momentum}
-    dtype = moments_dtype(options.wire_dtype)
-    return {"momentum_buffer": momentum, STATE_KEY: blank_moments(param, moments, dtype)}
+    return {"momentum_buffer": momentum}
 
 
 def step_adamw(turn: Turn, groups: Sequence[Group], state: dict[Tensor, dict[str, Any]], options: Options) -> None:

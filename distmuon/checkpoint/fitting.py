@@ -14,7 +14,8 @@ from distmuon.checkpoint.matching import Match, find_match
 from distmuon.checkpoint.routing_table import enumerate_differences
 from distmuon.comm.layout import lay_out
 from distmuon.groups import Group, group_names
-from distmuon.moments import STATE_KEY, blank_moments, moments_in, without_stale_moments
+from distmuon.moments import STATE_KEY, blank_moments, has_these, moments_in
+from distmuon.plan.companions import Moments
 from distmuon.plan.reading import READING_KEYS
 
 _RESET = contextvars.ContextVar("distmuon.checkpoint.reset_changed", default=False)
@@ -135,8 +136,14 @@ def _assemble(
         merged.append(new)
         for name, param, id_ in zip(group_names(group, f"group {index}"), group["params"], ids, strict=True):
             if id_ is not None and id_ in state:
-                mine = without_stale_moments(state[id_], group, param)
-                kept[id_] = {key: _lay_out(name, key, value, group, param) for key, value in mine.items()}
+                moments = moments_in(group, param)
+                # a variant that the group no longer has left others
+                stale = set() if has_these(state[id_], moments) else {STATE_KEY}
+                kept[id_] = {
+                    key: _lay_out(name, key, value, moments, param)
+                    for key, value in state[id_].items()
+                    if key not in stale
+                }
     return merged, kept
 
 
@@ -157,12 +164,11 @@ def _own(group: Group, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in keys if key in group}
 
 
-def _lay_out(name: str, key: str, value: Any, group: Group, param: Tensor) -> Any:
+def _lay_out(name: str, key: str, value: Any, moments: Moments | None, param: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     like = param
     if key == STATE_KEY:
-        moments = moments_in(group, param)
         assert moments is not None
         like = blank_moments(param, moments, value.dtype)
     return lay_out(f"{key} of {name!r}", value, like) if value.shape == like.shape else value

@@ -8,14 +8,19 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from distmuon.checkpoint.routing_table import RoutingTable, changed_parameters, differences, enumerate_differences
+from distmuon.checkpoint.routing_table import (
+    ALGORITHMS,
+    RoutingTable,
+    changed_parameters,
+    differences,
+    enumerate_differences,
+)
 from distmuon.groups import Group
 from distmuon.routing import clean_name
 
 State: TypeAlias = Mapping[Hashable, Mapping[str, Any]]
 Names: TypeAlias = list[list[str]]
 
-_ALGORITHMS = {"muon": "Muon", "adamw": "AdamW", "lmo": "lmo"}
 # The key of state that tells a route, and the route that it is taken for where nothing else tells
 _KEY_OF = {"muon": "momentum_buffer", "lmo": "momentum_buffer", "adamw": "exp_avg", None: ""}
 _ROUTE_OF = {"momentum_buffer": "muon", "exp_avg": "adamw"}
@@ -147,7 +152,7 @@ def _by_position(saved: Sequence[Group], state: State, groups: Sequence[Group], 
         was, now = _route(old), _route(new)
         if was is not None and now is not None and was != now and not reset:
             raise ValueError(
-                f"group {index} was saved on {_ALGORITHMS[was]} and is on {_ALGORITHMS[now]} "
+                f"group {index} was saved on {ALGORITHMS[was]} and is on {ALGORITHMS[now]} "
                 "now: its state does not carry over. Route it as before, or start without optimizer state."
             )
         if len(old["params"]) != len(new["params"]):

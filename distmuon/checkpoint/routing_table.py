@@ -11,7 +11,7 @@ from distmuon.groups import group_names
 
 RoutingTable: TypeAlias = dict[str, dict[str, Any]]
 
-_ALGORITHMS = {"muon": "Muon", "adamw": "AdamW", "lmo": "lmo"}
+ALGORITHMS = {"muon": "Muon", "adamw": "AdamW", "lmo": "lmo"}
 _SHOWN = 10
 
 
@@ -81,7 +81,7 @@ def _changed(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What changed about a parameter that both tables have; empty if nothing did."""
     parts = []
     if _differ(old["on"], new["on"]):
-        parts.append(f"was on {_ALGORITHMS[old['on']]} and is on {_ALGORITHMS[new['on']]} now")
+        parts.append(f"was on {ALGORITHMS[old['on']]} and is on {ALGORITHMS[new['on']]} now")
     if _differ(old["shape"], new["shape"]):
         parts.append(f"had shape {tuple(old['shape'])} and has {tuple(new['shape'])} now")
     return f"{name!r} {', and '.join(parts)}" if parts else ""
@@ -124,6 +124,6 @@ def _common_end(a: str, b: str) -> int:
 
 
 def _told(entry: Mapping[str, Any]) -> str:
-    parts = [f"on {_ALGORITHMS[entry['on']]}"] if entry["on"] is not None else []
+    parts = [f"on {ALGORITHMS[entry['on']]}"] if entry["on"] is not None else []
     parts += [f"shape {tuple(entry['shape'])}"] if entry["shape"] is not None else []
     return ", ".join(parts) or "nothing else is known of it"

@@ -79,7 +79,7 @@ class Block:
     @property
     def stacked(self) -> bool:
         """Whether the first axis counts matrices."""
-        return len(self.shape) == 3 and self.shape[1:] == (self.matrices.rows, self.matrices.cols)
+        return self.matrices.stacked_in(self.shape)
 
 
 def blocks_of(name: str, shape: Sequence[int], reading: Reading) -> tuple[Block, ...]:

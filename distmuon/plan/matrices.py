@@ -41,6 +41,10 @@ class MatrixSpec:
         """Output and input features, which decide the learning rate."""
         return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
 
+    def stacked_in(self, shape: Sequence[int]) -> bool:
+        """Whether the first axis of a parameter, or block of one, of this shape counts matrices."""
+        return len(shape) == 3 and tuple(shape[1:]) == (self.rows, self.cols)
+
     @functools.cached_property
     def alike(self) -> MatrixSpec:
         """What matrices of one shape have in common, whatever parameter they are of."""

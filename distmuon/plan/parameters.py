@@ -65,7 +65,7 @@ class ParameterSpec:
     @functools.cached_property
     def stacked(self) -> bool:
         """Whether the first axis counts matrices."""
-        return len(self.shape) == 3 and self.shape[1:] == (self.matrices.rows, self.matrices.cols)
+        return self.matrices.stacked_in(self.shape)
 
     @property
     def replicated(self) -> bool:

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import rank_errors
-from layouts import Twins, distribute, full, give_gradients, mesh_of
+from layouts import full, give_gradients, mesh_of
+from test_blocks import fsdp, placed, replicated
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
@@ -34,35 +33,6 @@ PARAMETERS = {
 }
 WHOLE_SHARDS = {name: PARAMETERS[name] for name in ("even", "uneven", "short", "qkv", "kernel")}
 SETTINGS = dict(lr=0.02, foreach=False, block_period=3, blocks=4)
-
-
-def held(parameters):
-    module = nn.Module()
-    torch.manual_seed(1)
-    for name, (shape, _) in parameters.items():
-        module.register_parameter(name, nn.Parameter(torch.randn(shape)))
-    return module
-
-
-def fsdp(mesh_shape, parameters, **options):
-    module = held(parameters)
-    whole = {name: nn.Parameter(param.detach().clone()) for name, param in module.named_parameters()}
-    fully_shard(module, mesh=mesh_of(*mesh_shape))
-    return Twins(dict(module.named_parameters()), whole, options=options, model=module)
-
-
-def placed(dims, mesh_shape, parameters):
-    twins = Twins({}, {})
-    for name, (shape, _) in parameters.items():
-        placements = [Replicate() if dim is None else Shard(dim % len(shape)) for dim in dims]
-        distribute(twins, name, shape, mesh_of(*mesh_shape), placements, torch.float32)
-    return twins
-
-
-def replicated(parameters, **options):
-    ours, whole = held(parameters), held(parameters)
-    options = {"mesh": mesh_of(dist.get_world_size()), **options}
-    return Twins(dict(ours.named_parameters()), dict(whole.named_parameters()), options=options, model=ours)
 
 
 LAYOUTS = {

@@ -68,12 +68,12 @@ def fsdp(mesh_shape, parameters, **options):
     module = held(parameters)
     whole = {name: nn.Parameter(param.detach().clone()) for name, param in module.named_parameters()}
     fully_shard(module, mesh=mesh_of(*mesh_shape))
-    return Twins(dict(module.named_parameters()), whole, options=options)
+    return Twins(dict(module.named_parameters()), whole, options=options, model=module)
 
 
 def alone(parameters):
     module, whole = held(parameters), held(parameters)
-    return Twins(dict(module.named_parameters()), dict(whole.named_parameters()))
+    return Twins(dict(module.named_parameters()), dict(whole.named_parameters()), model=module)
 
 
 def replicated(parameters, **options):
